@@ -1,0 +1,17 @@
+"""kdutils: the small module on which the compendium's studies stand.
+
+Each room is imported when it is first used (SPEC 1), so reading published records,
+``--help`` and the book's build never import PyTorch.
+"""
+
+import lazy_loader as lazy
+
+__version__ = "0.1.0"
+
+_ROOMS = ["data", "figures", "files", "losses", "metrics", "models", "notebooks", "parameters"]
+_ROOMS += ["runs", "train", "verdicts"]
+__getattr__, __dir__, __all__ = lazy.attach(
+    __name__,
+    submodules=_ROOMS,
+    submod_attrs={"runs": ["Study", "grid"], "parameters": ["Parameters"]},
+)

@@ -1,0 +1,450 @@
+"""Runs: functions of plain arguments that are computed once and leave a record.
+
+Knows folders, keys, records and how to spread work; knows nothing of what is trained.
+"""
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import tempfile
+import textwrap
+import time
+import types
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+from kdutils import data, files
+
+PROJECT = Path(__file__).parent.parent
+SCALES = ("smoke", "laptop", "paper")
+SOURCE_ROOMS = ("data", "losses", "metrics", "models", "train")
+VERSIONS = ("kdutils", "lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
+
+
+class RunFailed(RuntimeError):
+    """A run ended without a result; its record says where."""
+
+
+def grid(**axes) -> list[dict]:
+    """All combinations of the axes that are lists, tuples or ranges; other values stay as they are.
+
+    >>> grid(seed=[0, 1], dataset="digits")
+    [{'seed': 0, 'dataset': 'digits'}, {'seed': 1, 'dataset': 'digits'}]
+    """
+    lists = [v if isinstance(v, list | tuple | range) else [v] for v in axes.values()]
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def published_folder() -> Path:
+    """Where published records lie: ``$KDUTILS_RECORDS``, else ``data/records`` of the project."""
+    return Path(os.environ.get("KDUTILS_RECORDS") or PROJECT / "data" / "records")
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: ``$KDUTILS_RUNS``, else the user's cache folder."""
+    return files.cache_folder("KDUTILS_RUNS", "runs")
+
+
+class Study:
+    """A named set of runs at one scale.
+
+    ``engine`` says where :meth:`map` computes: ``serial``, ``processes``, ``dask`` (a cluster of
+    this machine's cores) or the address of a Dask scheduler. Every run uses ``threads`` threads,
+    wherever it is computed, because the last bits of a result depend on their number.
+    With ``train=False`` only what has a record is returned. ``smoke`` reads no records: it trains.
+    """
+
+    def __init__(self, name: str, *, scale: str, engine="processes", threads=1, train=True):
+        self.name, self.scale, self.engine = name, scale, engine
+        self.threads, self.train = threads, train or scale == "smoke"
+        self.records: list[Record] = []
+        self.commit = _commit()
+        self._scratch = tempfile.TemporaryDirectory() if scale == "smoke" else None
+        self.folder = Path(self._scratch.name) if self._scratch else runs_folder() / name
+        self.published = None if self._scratch else published_folder() / name
+
+    def run(self, function: Callable | None = None, *, version: int = 1):
+        """Make ``function(run, **arguments)`` a run: computed once, afterwards read.
+
+        The function gets a :class:`Run` first, then plain (JSON) arguments by name, and returns a
+        dict of what it found; a ``history`` in it is a list of rows, one an epoch. Raise
+        ``version`` when the function's meaning changes: it is part of the key.
+        """
+        if function is None:
+            return lambda f: RunFunction(self, f, version)
+        return RunFunction(self, function, version)
+
+    def map(self, run: "RunFunction", arguments: list[dict]) -> pd.DataFrame:
+        """One row a run and epoch: arguments, history, and the run's other results.
+
+        Runs without a record are computed by the engine (with ``train=False``: left out).
+        Says beforehand how many there are and, where records tell, how long they will take.
+        """
+        found = {run.key(a): run.find(a) for a in arguments}
+        missing = [a for a in arguments if found[run.key(a)] is None]
+        if missing and self.train:
+            _announce(self, run, missing)
+            for record in _spread(self, run, missing):
+                found[record.content["key"]] = record
+        elif missing:
+            print(f"{run.name}: {len(missing)} of {len(arguments)} runs have no record yet")
+        records = [record for record in found.values() if record is not None]
+        failed = [r for r in records if r.content["status"] == "failed"]
+        if failed:
+            raise RunFailed("; ".join(_failure(r) for r in failed))
+        known = {r.content["key"] for r in self.records}
+        self.records += [r for r in records if r.content["key"] not in known]
+        return pd.DataFrame([row for record in records for row in record.rows()])
+
+    def costs(self) -> pd.DataFrame:
+        """What the records used so far cost and where they were made, one row a kind of run."""
+        rows = [r.summary() for r in self.records]
+        frame = pd.DataFrame(rows)
+        where = ["run", "device", "precision", "threads", "torch", "source"]
+        sums = frame.groupby(where, sort=False).agg(
+            runs=("minutes", "size"), minutes=("minutes", "sum"), memory=("memory", "max")
+        )
+        return sums.reset_index()
+
+    def __getstate__(self):
+        """What a worker needs; the scratch folder stays with the study that made it."""
+        return self.__dict__ | {"_scratch": None, "records": []}
+
+
+@dataclass
+class Run:
+    """What a run's function is told of itself: the folder that is its own, and its key."""
+
+    folder: Path
+    key: str
+
+
+@dataclass
+class Record:
+    """What went into a run, what came out, and where it ran; see ``content``."""
+
+    content: dict
+    folder: Path
+    run: "RunFunction"
+
+    @property
+    def arguments(self) -> dict:
+        return self.content["arguments"]
+
+    @property
+    def results(self) -> dict:
+        return self.content["results"]
+
+    def rows(self) -> list[dict]:
+        """One row an epoch (one in all where there is no history)."""
+        rest = {k: v for k, v in self.results.items() if k != "history"}
+        common = {**self.arguments, **rest, "key": self.content["key"]}
+        return [{**common, **row} for row in self.results.get("history", [{}])]
+
+    def summary(self) -> dict:
+        made = self.content["made"]
+        return {
+            "run": self.content["run"],
+            "device": made["device"] if made["device"] != "cpu" else made["processor"],
+            "precision": made["precision"],
+            "threads": made["threads"],
+            "torch": made["versions"]["torch"],
+            "source": made["source"][:8],
+            "minutes": made["seconds"] / 60,
+            "memory": made["peak_memory_mb"],
+        }
+
+    def weights(self, name: str) -> Path:
+        """The file of weights ``name``, e.g. ``e6``. What is gone or damaged is trained again."""
+        path = self.folder / f"{name}.safetensors"
+        expected = self.content["weights"].get(path.name)
+        if expected is None:
+            raise KeyError(f"run {self.content['key']} kept no weights {name!r}")
+        if path.exists() and files.sha256(path) != expected:
+            own = _read(self.folder / "record.json")
+            if own is None or own["weights"].get(path.name) != files.sha256(path):
+                files.set_aside(path, "its SHA-256 is not the record's")
+        if not path.exists():
+            self.run.compute(self.arguments, anew=True)
+        return path
+
+
+class RunFunction:
+    """A function made a run by :meth:`Study.run`; call it with its arguments for its record."""
+
+    def __init__(self, study: Study, function: Callable, version: int):
+        self.study, self.function, self.version = study, function, version
+        self.name, self.__doc__ = function.__name__, function.__doc__
+        self.source = source_hash(function)
+
+    def bind(self, arguments: dict) -> dict:
+        """The arguments by name, defaults filled in, as JSON would give them back."""
+        bound = inspect.signature(self.function).bind(None, **arguments)
+        bound.apply_defaults()
+        plain = dict(list(bound.arguments.items())[1:])
+        kinds = inspect.signature(self.function).parameters
+        for name, kind in kinds.items():
+            if kind.kind is inspect.Parameter.VAR_KEYWORD:
+                plain |= plain.pop(name)
+        return json.loads(json.dumps(plain))
+
+    def key(self, arguments: dict) -> str:
+        """Twelve hexadecimal digits made of study, function, version and arguments."""
+        parts = [self.study.name, self.name, self.version, self.bind(arguments)]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    def folder(self, arguments: dict) -> Path:
+        return self.study.folder / f"{self.name}-{self.key(arguments)}"
+
+    def find(self, arguments: dict) -> Record | None:
+        """The record of this run, from this machine or published; None where there is none."""
+        folder = self.folder(arguments)
+        places = [folder / "record.json"]
+        if self.study.published:
+            places.append(self.study.published / f"{folder.name}.json")
+        for place in places:
+            content = _read(place)
+            if content:
+                return Record(content, folder, self)
+        return None
+
+    def __call__(self, **arguments) -> Record:
+        """The run's record, computed now if there is none."""
+        record = self.find(arguments) or self.compute(arguments)
+        if record.content["status"] == "failed":
+            raise RunFailed(_failure(record))
+        return record
+
+    def compute(self, arguments: dict, anew: bool = False) -> Record:
+        """Compute the run here. With ``anew``, also if it has a record but lost its weights.
+
+        A lock makes a second process that wants the same run wait for the first one's result.
+        """
+        from filelock import FileLock
+
+        folder = self.folder(arguments)
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / ".lock"):
+            content = _read(folder / "record.json")
+            complete = content and all((folder / w).exists() for w in content["weights"])
+            if not content or (anew and not complete):
+                content = self._execute(arguments, folder)
+        return Record(content, folder, self)
+
+    def _execute(self, arguments: dict, folder: Path) -> dict:
+        import torch
+
+        from kdutils import train
+
+        made_by = folder / "source"
+        if made_by.exists() and made_by.read_text() != self.source:
+            for path in folder.glob("*.safetensors"):  # begun by other source: begin again
+                path.unlink()
+        files.write(made_by, self.source)
+        bound = self.bind(arguments)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.study.threads)
+        started, begun = time.perf_counter(), datetime.now(UTC)
+        content = {
+            "study": self.study.name,
+            "run": self.name,
+            "version": self.version,
+            "key": self.key(arguments),
+            "scale": self.study.scale,
+            "arguments": bound,
+            "status": "done",
+        }
+        try:
+            results = self.function(Run(folder, content["key"]), **bound)
+        except train.Diverged as error:
+            results = {"error": str(error), "epoch": error.epoch, "step": error.step}
+            content["status"] = "failed"
+        finally:
+            described = train.device_description()
+            torch.set_num_threads(threads)
+        (folder / "state.safetensors").unlink(missing_ok=True)
+        kept = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("outputs-"))
+        wall = time.perf_counter() - started
+        history = results.get("history", [])
+        content["results"] = results
+        content["weights"] = {path.name: files.sha256(path) for path in kept}
+        content["made"] = {
+            "begun": begun.isoformat(timespec="seconds"),
+            "seconds": round(sum(r["seconds"] for r in history) if history else wall, 1),
+            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            **described,
+            "processor": _processor(),
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            "commit": self.study.commit,
+            "source": self.source,
+            "data": _data_named_in(bound),
+        }
+        files.write(folder / "record.json", json.dumps(content, indent=1, allow_nan=False))
+        return content
+
+
+def source_hash(function: Callable) -> str:
+    """SHA-256 of the code a run is made by, comments, docstrings and layout aside.
+
+    Covers the function, the plain functions it reaches in its own module (a notebook), and the
+    rooms of kdutils that decide what a training does.
+    """
+    trees = [_tree((Path(__file__).parent / f"{room}.py").read_text()) for room in SOURCE_ROOMS]
+    seen, waiting = set(), [function]
+    while waiting:
+        f = waiting.pop(0)
+        if f.__qualname__ in seen:
+            continue
+        seen.add(f.__qualname__)
+        trees.append(_tree(textwrap.dedent(inspect.getsource(f))))
+        for name in sorted(_names(f.__code__)):
+            other = f.__globals__.get(name)
+            other = other.function if isinstance(other, RunFunction) else other
+            if isinstance(other, types.FunctionType) and other.__module__ == f.__module__:
+                waiting.append(other)
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner)) if inner else set(code.co_names)
+
+
+def _tree(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                body.pop(0)
+    return ast.dump(tree)
+
+
+def _read(path: Path) -> dict | None:
+    """The record at ``path``; None where there is none. A damaged one is set aside, and said."""
+    try:
+        content = json.loads(path.read_text())
+        for key in ("key", "arguments", "status", "results", "weights", "made"):
+            content[key]
+        return content
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        files.set_aside(path, f"not a record: {error!r}")
+        return None
+
+
+def _failure(record: Record) -> str:
+    return (
+        f"run {record.content['key']} ({record.content['run']} {record.arguments}) failed: "
+        f"{record.results['error']}; change its arguments, or delete {record.folder} to try again"
+    )
+
+
+def _announce(study: Study, run: RunFunction, missing: list[dict]) -> None:
+    text = f"{run.name}: {len(missing)} runs to train"
+    like = study.folder.glob(f"{run.name}-*/record.json")
+    shared = study.published.glob(f"{run.name}-*.json") if study.published else []
+    contents = [c for c in map(_read, [*like, *shared]) if c and c["scale"] == study.scale]
+    known = [c["made"]["seconds"] for c in contents]
+    if known:
+        hours = sum(known) / len(known) * len(missing) / _workers(study) / 3600
+        text += f", about {hours * 60:.0f} minutes (as its {len(known)} records say)"
+    print(text)
+
+
+def _workers(study: Study) -> int:
+    return 1 if study.engine == "serial" else max(1, (os.cpu_count() or 1) // study.threads)
+
+
+def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Record]:
+    """Compute the runs through joblib, wherever the study's engine says, and yield their records."""
+    import joblib
+    from tqdm.auto import tqdm
+
+    client = None
+    if study.engine in ("serial", "processes"):
+        backend = {"backend": "loky" if study.engine == "processes" else "sequential"}
+    else:
+        from dask.distributed import Client
+
+        if study.engine == "dask":
+            client = Client(n_workers=_workers(study), threads_per_worker=1)
+        else:
+            client = Client(study.engine)
+        backend = {"backend": "dask"}
+    try:
+        with joblib.parallel_config(**backend, n_jobs=-1 if client else _workers(study)):
+            calls = (joblib.delayed(_compute)(run, arguments) for arguments in missing)
+            contents = joblib.Parallel(return_as="generator_unordered")(calls)
+            for content in tqdm(contents, total=len(missing), desc=run.name, unit="run"):
+                folder = run.folder(content["arguments"])
+                if not (folder / "record.json").exists():  # a worker with a disk of its own
+                    files.write(folder / "record.json", json.dumps(content, indent=1))
+                yield Record(content, folder, run)
+    finally:
+        if client:
+            client.close()
+
+
+def _compute(run: RunFunction, arguments: dict) -> dict:
+    return run.compute(arguments).content
+
+
+def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Path]:
+    """Copy this machine's finished records of a study to the published ones; the files written."""
+    written = []
+    for path in sorted((runs_folder() / study).glob("*/record.json")):
+        content = _read(path)
+        if content and content["status"] == "done" and content["scale"] in scales:
+            target = published_folder() / study / f"{path.parent.name}.json"
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target.with_suffix(".partial"))
+                os.replace(target.with_suffix(".partial"), target)
+                written.append(target)
+    return written
+
+
+def _commit() -> str:
+    """The project's commit, with ``+changes`` where its code differs from it."""
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "kdutils", "notebooks/*.md")
+    except OSError:
+        return "unknown"
+    return (commit or "unknown") + ("+changes" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _data_named_in(arguments: dict) -> dict:
+    """Fingerprints of the datasets that arguments name; ``data.load`` let no others pass."""
+    known = data.sources()
+    named = [v for v in arguments.values() if isinstance(v, str) and v in known]
+    return {name: known[name]["fingerprints"] for name in named}
