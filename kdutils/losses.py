@@ -18,7 +18,7 @@ def kd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 4.0) -
     """
     if student.shape != teacher.shape:
         raise ValueError(
-            f"student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)} differ"
+            f"logits differ: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
         )
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; it must be above 0")

@@ -36,8 +36,7 @@ def build(
             network = convnet(widths, classes)
         else:
             network = _resnet(name, classes, stem)
-    if name != "convnet":
-        drop_idle_taps(network, size)
+            drop_idle_taps(network, size)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -104,7 +103,7 @@ def drop_idle_taps(network: nn.Module, size: int) -> None:
 
 
 def taps(network: nn.Module, layers: list[str]) -> nn.Module:
-    """A module that returns ``{layer: output}`` for the named layers of ``network`` (shared weights).
+    """A module that returns ``{layer: output}`` for the named layers, on the same weights.
 
     Names are those of ``torchvision.models.feature_extraction.get_graph_node_names``.
     Raises ValueError listing the names there are when one does not exist.

@@ -372,7 +372,7 @@ def _workers(study: Study) -> int:
 
 
 def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Record]:
-    """Compute the runs through joblib, wherever the study's engine says, and yield their records."""
+    """Compute the runs through joblib, where the study's engine says, and yield their records."""
     import joblib
     from tqdm.auto import tqdm
 
