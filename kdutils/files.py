@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -19,15 +18,15 @@ def write(path: Path, content: bytes | str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = content.encode() if isinstance(content, str) else content
-    handle, partial = tempfile.mkstemp(suffix=".partial", prefix=path.name, dir=path.parent)
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

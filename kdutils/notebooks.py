@@ -14,6 +14,10 @@ class UnknownStudy(ValueError):
     """There is no notebook of that name."""
 
 
+class NotebookFailed(RuntimeError):
+    """A notebook stopped with an error; the message is that error."""
+
+
 def studies() -> dict[str, Path]:
     """Names of the studies, with their notebooks (``notebooks/<number>-<name>.ipynb``)."""
     found = sorted(FOLDER.glob("[0-9]-*.ipynb"))
@@ -50,7 +54,10 @@ def run(study: str, given: dict, output: Path) -> Path:
         if name not in known:
             raise parameters.ParameterError(parameters.unknown(name, known))
     output.parent.mkdir(parents=True, exist_ok=True)
-    papermill.execute_notebook(path, output, given, cwd=PROJECT, progress_bar=True)
+    try:
+        papermill.execute_notebook(path, output, given, cwd=PROJECT, progress_bar=True)
+    except papermill.PapermillExecutionError as error:
+        raise NotebookFailed(f"{error.ename}: {error.evalue} (see {output})") from None
     return output
 
 
@@ -75,6 +82,39 @@ def procedure(study: str, given: dict) -> dict:
     return names
 
 
+def judged(study: str, scale: str, verdicts: dict) -> None:
+    """Show a study's claims in a table: the paper's value, ours with its interval, the verdict.
+
+    ``verdicts`` holds a :class:`kdutils.verdicts.Verdict` for every claim id. The stored output
+    carries the numbers as data too, for :func:`claims`.
+    """
+    from IPython.display import display
+
+    table = _claims_table().query("study == @study").set_index("id")
+    if set(verdicts) != set(table.index):
+        odd = sorted(set(verdicts) ^ set(table.index))
+        raise ValueError(f"claims and verdicts of {study} differ in {', '.join(odd)}")
+    shown = table[["statement", "quantity", "paper_value"]].fillna("–")
+    shown.columns = ["the paper says", "measured as", "paper"]
+    shown["ours [95 % interval]"] = [str(verdicts[name]) for name in shown.index]
+    shown["seeds"] = [verdicts[name].seeds for name in shown.index]
+    shown["verdict"] = [verdicts[name].verdict or "no record yet" for name in shown.index]
+    rows = [
+        {"id": name, "scale": scale if found.verdict else None, **found.as_dict()}
+        for name, found in verdicts.items()
+    ]
+    html = shown.rename_axis(None).to_html(border=0, classes="claims", justify="left")
+    bundle = {"text/html": f'<div class="claims">{html}</div>', "text/plain": shown.to_string()}
+    display(bundle | {CLAIMS: rows}, raw=True)
+
+
+def _claims_table():
+    import pandas as pd
+
+    table = pd.read_csv(PROJECT / "data" / "claims.csv", dtype=str).astype(object)
+    return table.where(table.notna(), None)
+
+
 def claims() -> list[dict]:
     """Every claim of ``data/claims.csv`` with what the stored notebooks found of it.
 
@@ -82,7 +122,6 @@ def claims() -> list[dict]:
     no record yet.
     """
     import nbformat
-    import pandas as pd
 
     found = {}
     for path in studies().values():
@@ -90,10 +129,8 @@ def claims() -> list[dict]:
             for output in cell.get("outputs", []):
                 found |= {row["id"]: row for row in output.get("data", {}).get(CLAIMS, [])}
     empty = dict.fromkeys(("estimate", "low", "high", "seeds", "scale", "verdict"))
-    table = pd.read_csv(PROJECT / "data" / "claims.csv", dtype=str).astype(object)
-    table = table.where(table.notna(), None)
     return [
         {"id": row.id, "study": row.study, "paper_value": row.paper_value, **empty}
         | found.get(row.id, {})
-        for row in table.itertuples()
+        for row in _claims_table().itertuples()
     ]

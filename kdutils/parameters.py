@@ -7,7 +7,7 @@ parameters, and the cell after them stops with one sentence when something does 
 import difflib
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval, Le, MinLen
+from annotated_types import Ge, Gt, Interval, Le, Len, MinLen
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 Scale = Literal["smoke", "laptop", "paper"]
@@ -17,7 +17,14 @@ Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 NotEmpty = MinLen(1)
 
-__all__ = ["Count", "Ge", "Le", "NotEmpty", "Parameters", "Positive", "Scale", "Share", "Whole"]
+
+def Length(n: int) -> Len:
+    """A list of exactly ``n``."""
+    return Len(n, n)
+
+
+__all__ = ["Count", "Ge", "Le", "Length", "NotEmpty", "Parameters", "Positive", "Scale"]
+__all__ += ["Share", "Whole"]
 
 
 class ParameterError(ValueError):
@@ -65,7 +72,9 @@ def unknown(name: str, known: list[str]) -> str:
 
 def _sentence(errors: list[dict], known: list[str]) -> str:
     first = min(errors, key=lambda e: e["type"] != "extra_forbidden")  # a misspelling explains more
-    name = first["loc"][0] if first["loc"] else "parameters"
+    if not first["loc"]:  # a check of several parameters at once: it says which
+        return first["msg"].removeprefix("Value error, ")
+    name = first["loc"][0]
     if first["type"] == "extra_forbidden":
         return unknown(name, known)
     if first["type"] == "missing":

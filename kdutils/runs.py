@@ -37,14 +37,15 @@ class RunFailed(RuntimeError):
     """A run ended without a result; its record says where."""
 
 
-def grid(**axes) -> list[dict]:
-    """All combinations of the axes that are lists, tuples or ranges; other values stay as they are.
+def grid(fixed: dict | None = None, /, **axes) -> list[dict]:
+    """All combinations of the axes (an axis that is no list has one value), each with ``fixed``.
 
-    >>> grid(seed=[0, 1], dataset="digits")
-    [{'seed': 0, 'dataset': 'digits'}, {'seed': 1, 'dataset': 'digits'}]
+    >>> grid({"milestones": [6, 8]}, seed=[0, 1])
+    [{'milestones': [6, 8], 'seed': 0}, {'milestones': [6, 8], 'seed': 1}]
     """
     lists = [v if isinstance(v, list | tuple | range) else [v] for v in axes.values()]
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
+    combinations = itertools.product(*lists)
+    return [(fixed or {}) | dict(zip(axes, values, strict=True)) for values in combinations]
 
 
 def published_folder() -> Path:
@@ -418,6 +419,40 @@ def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Pat
                 os.replace(target.with_suffix(".partial"), target)
                 written.append(target)
     return written
+
+
+def published(study: str) -> list[dict]:
+    """The contents of a study's published records."""
+    found = map(_read, sorted((published_folder() / study).glob("*.json")))
+    return [content for content in found if content]
+
+
+def compare(old: dict, new: dict) -> tuple[bool, str]:
+    """Whether a record made anew agrees with the old one, and a sentence saying how.
+
+    Made by the same processor, threads, precision and versions, they must be equal, times aside;
+    otherwise the accuracies of the last epoch may differ by 0.03.
+    """
+    same = ("device", "processor", "precision", "threads", "versions")
+    if all(old["made"][k] == new["made"][k] for k in same):
+        if timeless(old) == timeless(new):
+            return True, "the same numbers and weights, bit for bit"
+        return False, "NOT the same numbers, though processor, threads and versions are"
+    last = [c["results"].get("history", [c["results"]])[-1] for c in (old, new)]
+    gaps = {k: abs(v - last[1].get(k, float("inf"))) for k, v in last[0].items() if "accuracy" in k}
+    largest = max(gaps.values(), default=0.0)
+    text = f"made elsewhere or with other versions; accuracies differ by at most {largest:.4f}"
+    return largest <= 0.03, text
+
+
+def timeless(content: dict) -> dict:
+    """What must be equal in two records of one run: arguments, results and weights, no times."""
+    results = dict(content["results"])
+    if "history" in results:
+        rows = results["history"]
+        results["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    kept = {k: content[k] for k in ("key", "arguments", "status", "weights")}
+    return kept | {"results": results}
 
 
 def _commit() -> str:

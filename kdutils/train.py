@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterable
 from functools import cache
 from pathlib import Path
@@ -110,7 +111,6 @@ def _save_state(network, optimizer, schedule, history, folder) -> None:
             else:
                 plain.setdefault(str(index), {})[key] = value
     rest = {"history": history, "groups": state["param_groups"], "plain": plain}
-    rest["schedule"] = schedule.state_dict() if schedule else None
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     content = st.save(tensors, metadata={"rest": json.dumps(rest)})
     files.write(Path(folder) / "state.safetensors", content)
@@ -142,9 +142,15 @@ def _resume(network, optimizer, schedule, folder, snapshots) -> list[dict]:
             index, _, entry = name.partition(".")
             state.setdefault(int(index), {})[entry] = tensor
     network.load_state_dict(weights)
+    with warnings.catch_warnings(action="ignore"):  # it expects optimizer steps in between
+        for _ in history if schedule else ():
+            schedule.step()  # a replay: its own state has keys that JSON cannot give back
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
-    if schedule:
-        schedule.load_state_dict(rest["schedule"])
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if torch.is_tensor(value) and value.shape == parameter.shape:
+                # fused optimizers read memory in order, so its layout must be the parameter's
+                entries[key] = torch.empty_like(parameter).copy_(value)
     return history
 
 

@@ -48,7 +48,18 @@ class Verdict:
     verdict: str | None
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """Plain numbers, rounded where their digits stop meaning anything, None for no record."""
+        rounded = {
+            k: v if v is None else round(float(v), 6)
+            for k, v in asdict(self).items()
+            if k in ("estimate", "low", "high")
+        }
+        return asdict(self) | rounded | {"seeds": self.seeds or None}
+
+    def __str__(self) -> str:
+        if self.estimate is None:
+            return "–"
+        return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
 NO_RECORD = Verdict(None, None, None, 0, None)

@@ -1,0 +1,166 @@
+"""The command line: run, data, publish, verify, claims."""
+
+import json
+import random
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdutils import data, notebooks, parameters, runs
+
+app = typer.Typer(
+    help="Rerun the compendium's studies and read their records.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Datasets: which there are, where they lie, getting them.")
+app.add_typer(data_app, name="data", no_args_is_help=True)
+
+Study = Annotated[str, typer.Argument(help="A study's name, e.g. eskd.")]
+EXPECTED = (
+    data.DataError,
+    notebooks.NotebookFailed,
+    notebooks.UnknownStudy,
+    parameters.ParameterError,
+    runs.RunFailed,
+)
+
+
+@app.command()
+def run(
+    study: Annotated[str, typer.Argument(help="A study's name; all studies if left out.")] = "",
+    scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")] = "smoke",
+    engine: Annotated[
+        str, typer.Option(help="serial, processes, dask, or a Dask scheduler's address.")
+    ] = "",
+    parameter: Annotated[
+        list[str], typer.Option("--parameter", "-p", help="name=value, the value as YAML.")
+    ] = [],  # noqa: B006 - Typer reads the default, nothing changes it
+    output: Annotated[Path, typer.Option(help="Folder for the executed notebooks.")] = Path(
+        "_build/notebooks"
+    ),
+):
+    """Run a study's notebook at a scale, training what has no record; prints where it is."""
+    given = dict(_parameter(text) for text in parameter)
+    for name in [study] if study else notebooks.studies():
+        path = notebooks.find(name)
+        values = notebooks.scale_parameters(name, scale) | given
+        if engine:
+            values["engine"] = engine
+        print(notebooks.run(name, values, output / f"{path.stem}.{scale}.ipynb"))
+
+
+def _parameter(text: str) -> tuple[str, object]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise parameters.ParameterError(f"-p takes name=value, not {text!r}.")
+    return name, yaml.safe_load(value)
+
+
+@data_app.command("list")
+def data_list():
+    """The known datasets, and which of them are on this machine."""
+    for name, source in data.sources().items():
+        here = name == "digits" or (data.folder() / f"{name}.npz").exists()
+        print(f"{name:10} {'here' if here else 'absent':7} {source['title']}")
+
+
+@data_app.command("get")
+def data_get(name: Annotated[str, typer.Argument(help="cifar10 or cifar100.")]):
+    """Download a dataset through torchvision, check it, and keep it as one .npz file."""
+    print(data.get(name))
+
+
+@data_app.command("where")
+def data_where():
+    """The folder that holds the datasets ($KDUTILS_DATA, else the user's cache)."""
+    print(data.folder())
+
+
+@app.command()
+def publish(
+    study: Study,
+    scale: Annotated[list[str], typer.Option(help="Scales whose records are published.")] = (
+        "laptop",
+        "paper",
+    ),
+):
+    """Copy this machine's finished records of a study into data/records, to be committed."""
+    notebooks.find(study)
+    written = runs.publish(study, scale)
+    for path in written:
+        print(path)
+    print(f"{len(written)} records published")
+
+
+@app.command()
+def verify(
+    study: Study,
+    sample: Annotated[int, typer.Option(min=1, help="How many records, drawn at random.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="Makes the draw repeatable.")] = None,
+    key: Annotated[str, typer.Option(help="Verify the record of this key instead.")] = "",
+):
+    """Train published runs again from nothing, teachers included, and compare.
+
+    Where processor, threads, precision and versions are the record's, every number and weight
+    must be the same; elsewhere the last accuracies may differ by at most 0.03.
+    """
+    notebooks.find(study)
+    found = runs.published(study)
+    chosen = [c for c in found if c["key"].startswith(key)] if key else found
+    if not chosen:
+        raise runs.RunFailed(
+            f"no published record of {study} with key {key!r}"
+            if key
+            else f"{study} has no published records in {runs.published_folder()}"
+        )
+    if not key:
+        chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
+    sound = True
+    for old in chosen:
+        minutes = old["made"]["seconds"] / 60
+        print(f"{old['run']}-{old['key']}: took {minutes:.1f} minutes, its teachers aside")
+        with tempfile.TemporaryDirectory() as folder:
+            names = notebooks.procedure(study, {"scale": old["scale"], "train_missing": True})
+            names["study"].folder, names["study"].published = Path(folder), None
+            new = names[old["run"]].compute(old["arguments"]).content
+        good, sentence = runs.compare(old, new)
+        sound &= good
+        print(f"{old['run']}-{old['key']}: {sentence}")
+    raise typer.Exit(0 if sound else 1)
+
+
+@app.command()
+def claims(
+    as_json: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False,
+):
+    """Every claim of the papers with what the stored records say of it."""
+    found = notebooks.claims()
+    if as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+        return
+    for row in found:
+        span = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
+        value = "" if row["estimate"] is None else f"{row['estimate']:+.4f}{span}"
+        print(f"{row['id']:12} {row['verdict'] or 'no record yet':15} {value}")
+
+
+def main():
+    """Run the command line; what a user can mend is said in one sentence."""
+    try:
+        app()
+    except EXPECTED as error:
+        typer.echo(f"kdutils: {error}", err=True)
+        raise SystemExit(2) from None
+    except OSError as error:
+        typer.echo(f"kdutils: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()
