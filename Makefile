@@ -1,0 +1,45 @@
+# Thin verbs. What they do is in kdutils, the notebooks and the tests.
+
+STUDY ?=
+SCALE ?= smoke
+ENGINE ?=
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce env test book serve sync bench
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
+	@echo "variables: STUDY=eskd (all if left out) SCALE=smoke|laptop|paper ENGINE=... PYTHON=python3"
+
+reproduce: env ## rerun the studies, build the book, say where both are
+	$(BIN)/python -m kdutils run $(STUDY) --scale $(SCALE) $(if $(ENGINE),--engine $(ENGINE))
+	$(MAKE) --no-print-directory book
+	@echo "The rerun notebooks: $(CURDIR)/_build/notebooks/"
+	@echo "The book:            $(CURDIR)/_build/html/index.html"
+
+env: .venv/.stamp ## make the environment in .venv, once
+
+# The stamp keeps later calls from asking the network anything.
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else 'This needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is %d.%d; name another with PYTHON=...' % v)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,cluster,test]"
+	@touch $@
+
+test: env ## run every test: unit, house, notebooks, book, stored outputs
+	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks/*.ipynb
+
+book: env ## build the book from the notebooks' stored outputs
+	$(BIN)/jupyter-book build . -W -n --keep-going
+
+serve: env ## show the built book at http://localhost:8000
+	$(BIN)/python -m http.server --directory _build/html
+
+sync: env ## carry the edited notebooks/*.md over to the .ipynb, keeping outputs
+	$(BIN)/jupytext --to ipynb --update notebooks/*.md
+
+bench: env ## time the training loop against bare steps
+	$(BIN)/python tests/bench.py

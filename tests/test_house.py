@@ -1,0 +1,236 @@
+"""The house: what its files promise one another."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.md"))
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+# In parts, because the names must not stand in any file, this one included.
+REGISTRIES = [
+    ".".join(parts)
+    for parts in (
+        ("pypi", "org"),
+        ("pythonhosted", "org"),
+        ("download", "pytorch", "org"),
+        ("npmjs", "org"),
+        ("npmjs", "com"),
+        ("anaconda", "org"),
+        ("repo", "anaconda", "com"),
+    )
+]
+TESTED_EXTRAS = ("book", "cluster", "test")
+
+
+def text(name: str) -> str:
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def pins() -> dict[str, str]:
+    """The exact versions in constraints.txt, by canonical name."""
+    lines = [line for line in text("constraints.txt").splitlines() if line[0] != "#"]
+    split = [re.fullmatch(r"([A-Za-z0-9._-]+)==([A-Za-z0-9.]+)", line) for line in lines]
+    assert all(split), "every line is name==version, without a build's label"
+    return {canonicalize_name(found[1]): found[2] for found in split}
+
+
+def committed() -> list[Path]:
+    """Files that git tracks or would track."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
+    paths = {ROOT / name for name in listed.decode().split("\0") if name}
+    return sorted(path for path in paths if path.is_file())
+
+
+def tool(*command: str) -> subprocess.CompletedProcess:
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run
+
+
+# Dependencies
+
+
+def test_constraints_are_versions_that_pyproject_admits():
+    exact = pins()
+    wanted = list(PROJECT["dependencies"])
+    for extra in TESTED_EXTRAS:
+        wanted += PROJECT["optional-dependencies"][extra]
+    for line in wanted:
+        requirement = Requirement(line)
+        name = canonicalize_name(requirement.name)
+        assert name in exact, f"{name} is not in constraints.txt"
+        assert exact[name] in requirement.specifier, f"{name}=={exact[name]} against {line}"
+
+
+def test_constraints_leave_the_installers_alone():
+    assert not {"pip", "setuptools", "kdutils"} & set(pins())
+
+
+def test_makefile_installs_the_constrained_extras():
+    assert f'-c constraints.txt -e ".[{",".join(TESTED_EXTRAS)}]"' in text("Makefile")
+
+
+def test_environment_agrees_with_pyproject_and_constraints():
+    listed = yaml.safe_load(text("environment.yml"))["dependencies"]
+    (from_pip,) = [entry["pip"] for entry in listed if isinstance(entry, dict)]
+    assert from_pip == ["-c constraints.txt", "-e .[book]"]
+    parts = [entry.split("=") for entry in listed if isinstance(entry, str)]
+    conda = {name: rest for name, *rest in parts}
+    # Anything more would be a second list of dependencies.
+    assert set(conda) == {"python", "pytorch", "torchvision", "pip"}
+    assert f"{conda['python'][0]}.0" in Requirement(f"python{PROJECT['requires-python']}").specifier
+    for name, ours in (("pytorch", "torch"), ("torchvision", "torchvision")):
+        version, build = conda[name]
+        assert version == pins()[ours]
+        assert build.startswith("cpu")
+
+
+# Notebooks
+
+
+def cells(notebook) -> list[tuple]:
+    return [(c.cell_type, c.metadata.get("tags", []), c.source) for c in notebook.cells]
+
+
+def test_pairs_are_complete():
+    assert NOTEBOOKS
+    assert [p.stem for p in NOTEBOOKS] == sorted(
+        p.stem for p in (ROOT / "notebooks").glob("*.ipynb")
+    )
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pair_has_the_same_cells(path):
+    edited = cells(jupytext.read(path))
+    stored = cells(nbformat.read(path.with_suffix(".ipynb"), as_version=4))
+    assert stored == edited, "run `make sync`"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_pair_has_run_without_error(path):
+    """nbval compares nothing where a cell has no execution count."""
+    notebook = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    for cell in code:
+        assert cell.execution_count is not None, f"not run: {cell.source}"
+        failed = [output for output in cell.outputs if output.output_type == "error"]
+        assert not failed, f"{failed[0].ename} in: {cell.source}"
+
+
+# Pages of the repository
+
+
+def test_citation_is_valid():
+    tool("check_jsonschema", "--builtin-schema", "vendor.citation-file-format", "CITATION.cff")
+    citation = yaml.safe_load(text("CITATION.cff"))
+    assert citation["version"] == PROJECT["version"]
+    assert citation["license"] == PROJECT["license"]
+
+
+def test_readme_names_exactly_the_two_commands():
+    readme = text("README.md")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", readme, flags=re.MULTILINE | re.DOTALL)
+    assert [block.strip() for block in blocks] == ["make reproduce", "make test"]
+    prose = re.sub(r"^```.*?^```", "", readme, flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(r"`(?:make|pip|python\d?|git|jupyter[\w-]*|kdutils|bash) [^`]*`", prose)
+
+
+def test_readme_maps_what_exists():
+    rows = [line for line in text("README.md").splitlines() if line.startswith("| `")]
+    assert rows
+    for row in rows:
+        name = row.split("`")[1]
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says which files belong here")
+def test_no_file_names_a_package_registry():
+    found = []
+    for path in committed():
+        content = path.read_bytes()
+        found += [f"{path.relative_to(ROOT)}: {r}" for r in REGISTRIES if r.encode() in content]
+    assert not found
+
+
+# Automation
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_workflow_is_sound(path):
+    tool("check_jsonschema", "--builtin-schema", "vendor.github-workflows", str(path))
+    workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert workflow["permissions"] == {"contents": "read"}
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    for action in (step["uses"] for step in steps if "uses" in step):
+        assert re.fullmatch(r"actions/[a-z-]+@v\d+", action), action
+
+
+def test_workflows_exist():
+    assert {"ci", "cold"} <= {path.stem for path in WORKFLOWS}
+
+
+def test_hooks_are_sound():
+    hooks = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"][0]["hooks"]
+    assert [hook["id"] for hook in hooks] == ["ruff-check", "ruff-format", "pairs"]
+    tool("pre_commit", "validate-config", ".pre-commit-config.yaml")
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_code_is_in_style(command):
+    tool("ruff", *command, "kdutils", "tests")
+
+
+# kdutils
+
+
+def code_lines(source: str) -> int:
+    """Lines that are neither blank, comment nor docstring: what a reader has to think through."""
+    documented = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(
+        bool(line.strip()) and not line.strip().startswith("#") and number not in documented
+        for number, line in lines
+    )
+
+
+def test_kdutils_stays_small():
+    rooms = (ROOT / "kdutils").glob("*.py")
+    lines = {path.name: code_lines(path.read_text(encoding="utf-8")) for path in rooms}
+    assert {name: count for name, count in lines.items() if count > 300} == {}
+    assert sum(lines.values()) <= 1500
+
+
+def test_reading_needs_no_pytorch():
+    program = """
+import json, sys
+import kdutils, kdutils.runs, kdutils.notebooks, kdutils.verdicts, kdutils.figures
+claims = kdutils.notebooks.claims()
+heavy = [name for name in ("torch", "torchvision", "lightning_fabric") if name in sys.modules]
+print(json.dumps({"claims": len(claims), "heavy": heavy}))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    said = json.loads(run.stdout)
+    assert said["claims"]
+    assert said["heavy"] == []
