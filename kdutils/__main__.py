@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kdutils import data, notebooks, parameters, runs
+from kdutils import data, notebooks, parameters, records, runs
 
 app = typer.Typer(
     help="Rerun the compendium's studies and read their records.",
@@ -92,7 +92,7 @@ def publish(
 ):
     """Copy this machine's finished records of a study into data/records, to be committed."""
     notebooks.find(study)
-    written = runs.publish(study, scale)
+    written = records.publish(study, scale)
     for path in written:
         print(path)
     print(f"{len(written)} records published")
@@ -111,13 +111,13 @@ def verify(
     must be the same; elsewhere the last accuracies may differ by at most 0.03.
     """
     notebooks.find(study)
-    found = runs.published(study)
+    found = records.published(study)
     chosen = [c for c in found if c["key"].startswith(key)] if key else found
     if not chosen:
         raise runs.RunFailed(
             f"no published record of {study} with key {key!r}"
             if key
-            else f"{study} has no published records in {runs.published_folder()}"
+            else f"{study} has no published records in {records.published_folder()}"
         )
     if not key:
         chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
@@ -129,7 +129,7 @@ def verify(
             names = notebooks.procedure(study, {"scale": old["scale"], "train_missing": True})
             names["study"].folder, names["study"].published = Path(folder), None
             new = names[old["run"]].compute(old["arguments"]).content
-        good, sentence = runs.compare(old, new)
+        good, sentence = records.compare(old, new)
         sound &= good
         print(f"{old['run']}-{old['key']}: {sentence}")
     raise typer.Exit(0 if sound else 1)

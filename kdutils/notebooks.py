@@ -1,10 +1,12 @@
 """Studies as notebooks: where they are, running one, its procedure alone, its claims."""
 
 import linecache
+import os
 from pathlib import Path
 
 from kdutils import parameters
-from kdutils.runs import PROJECT, SCALES
+from kdutils.records import PROJECT
+from kdutils.runs import SCALES
 
 FOLDER = PROJECT / "notebooks"
 CLAIMS = "application/vnd.kdutils.claims+json"  # MIME type of the verdicts in a notebook's output
@@ -47,6 +49,13 @@ def run(study: str, given: dict, output: Path) -> Path:
     Names of parameters are checked before a kernel starts, values by the notebook's second cell.
     """
     import papermill
+    from jupyter_client.manager import AsyncKernelManager
+
+    class LocalKernel(AsyncKernelManager):
+        """Talks to its kernel through files, which needs no network, not even this machine's."""
+
+        def __init__(self, **options):
+            super().__init__(**options | ({"transport": "ipc"} if os.name == "posix" else {}))
 
     path = find(study)
     known = list(papermill.inspect_notebook(path))
@@ -55,7 +64,9 @@ def run(study: str, given: dict, output: Path) -> Path:
             raise parameters.ParameterError(parameters.unknown(name, known))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(path, output, given, cwd=PROJECT, progress_bar=True)
+        papermill.execute_notebook(
+            path, output, given, cwd=PROJECT, kernel_manager_class=LocalKernel
+        )
     except papermill.PapermillExecutionError as error:
         raise NotebookFailed(f"{error.ename}: {error.evalue} (see {output})") from None
     return output

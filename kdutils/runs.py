@@ -3,21 +3,13 @@
 Knows folders, keys, records and how to spread work; knows nothing of what is trained.
 """
 
-import ast
 import hashlib
-import importlib.metadata
 import inspect
 import itertools
 import json
 import os
-import platform
-import resource
-import shutil
-import subprocess
 import tempfile
-import textwrap
 import time
-import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,12 +17,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from kdutils import data, files
+from kdutils import files, records
 
-PROJECT = Path(__file__).parent.parent
 SCALES = ("smoke", "laptop", "paper")
-SOURCE_ROOMS = ("data", "losses", "metrics", "models", "train")
-VERSIONS = ("kdutils", "lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
 
 
 class RunFailed(RuntimeError):
@@ -48,16 +37,6 @@ def grid(fixed: dict | None = None, /, **axes) -> list[dict]:
     return [(fixed or {}) | dict(zip(axes, values, strict=True)) for values in combinations]
 
 
-def published_folder() -> Path:
-    """Where published records lie: ``$KDUTILS_RECORDS``, else ``data/records`` of the project."""
-    return Path(os.environ.get("KDUTILS_RECORDS") or PROJECT / "data" / "records")
-
-
-def runs_folder() -> Path:
-    """Where runs are kept: ``$KDUTILS_RUNS``, else the user's cache folder."""
-    return files.cache_folder("KDUTILS_RUNS", "runs")
-
-
 class Study:
     """A named set of runs at one scale.
 
@@ -71,10 +50,10 @@ class Study:
         self.name, self.scale, self.engine = name, scale, engine
         self.threads, self.train = threads, train or scale == "smoke"
         self.records: list[Record] = []
-        self.commit = _commit()
+        self.commit = records.commit()
         self._scratch = tempfile.TemporaryDirectory() if scale == "smoke" else None
-        self.folder = Path(self._scratch.name) if self._scratch else runs_folder() / name
-        self.published = None if self._scratch else published_folder() / name
+        self.folder = Path(self._scratch.name) if self._scratch else records.runs_folder() / name
+        self.published = None if self._scratch else records.published_folder() / name
 
     def run(self, function: Callable | None = None, *, version: int = 1):
         """Make ``function(run, **arguments)`` a run: computed once, afterwards read.
@@ -101,13 +80,13 @@ class Study:
                 found[record.content["key"]] = record
         elif missing:
             print(f"{run.name}: {len(missing)} of {len(arguments)} runs have no record yet")
-        records = [record for record in found.values() if record is not None]
-        failed = [r for r in records if r.content["status"] == "failed"]
+        done = [record for record in found.values() if record is not None]
+        failed = [r for r in done if r.content["status"] == "failed"]
         if failed:
             raise RunFailed("; ".join(_failure(r) for r in failed))
         known = {r.content["key"] for r in self.records}
-        self.records += [r for r in records if r.content["key"] not in known]
-        return pd.DataFrame([row for record in records for row in record.rows()])
+        self.records += [r for r in done if r.content["key"] not in known]
+        return pd.DataFrame([row for record in done for row in record.rows()])
 
     def costs(self) -> pd.DataFrame:
         """What the records used so far cost and where they were made, one row a kind of run."""
@@ -174,7 +153,7 @@ class Record:
         if expected is None:
             raise KeyError(f"run {self.content['key']} kept no weights {name!r}")
         if path.exists() and files.sha256(path) != expected:
-            own = _read(self.folder / "record.json")
+            own = records.read(self.folder / "record.json")
             if own is None or own["weights"].get(path.name) != files.sha256(path):
                 files.set_aside(path, "its SHA-256 is not the record's")
         if not path.exists():
@@ -188,7 +167,7 @@ class RunFunction:
     def __init__(self, study: Study, function: Callable, version: int):
         self.study, self.function, self.version = study, function, version
         self.name, self.__doc__ = function.__name__, function.__doc__
-        self.source = source_hash(function)
+        self.source = records.source_hash(function)
 
     def bind(self, arguments: dict) -> dict:
         """The arguments by name, defaults filled in, as JSON would give them back."""
@@ -216,7 +195,7 @@ class RunFunction:
         if self.study.published:
             places.append(self.study.published / f"{folder.name}.json")
         for place in places:
-            content = _read(place)
+            content = records.read(place)
             if content:
                 return Record(content, folder, self)
         return None
@@ -238,7 +217,7 @@ class RunFunction:
         folder = self.folder(arguments)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            content = _read(folder / "record.json")
+            content = records.read(folder / "record.json")
             complete = content and all((folder / w).exists() for w in content["weights"])
             if not content or (anew and not complete):
                 content = self._execute(arguments, folder)
@@ -284,69 +263,13 @@ class RunFunction:
         content["made"] = {
             "begun": begun.isoformat(timespec="seconds"),
             "seconds": round(sum(r["seconds"] for r in history) if history else wall, 1),
-            "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            **described,
-            "processor": _processor(),
-            "python": platform.python_version(),
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            **records.made_by(described),
             "commit": self.study.commit,
             "source": self.source,
-            "data": _data_named_in(bound),
+            "data": records.data_named_in(bound),
         }
         files.write(folder / "record.json", json.dumps(content, indent=1, allow_nan=False))
         return content
-
-
-def source_hash(function: Callable) -> str:
-    """SHA-256 of the code a run is made by, comments, docstrings and layout aside.
-
-    Covers the function, the plain functions it reaches in its own module (a notebook), and the
-    rooms of kdutils that decide what a training does.
-    """
-    trees = [_tree((Path(__file__).parent / f"{room}.py").read_text()) for room in SOURCE_ROOMS]
-    seen, waiting = set(), [function]
-    while waiting:
-        f = waiting.pop(0)
-        if f.__qualname__ in seen:
-            continue
-        seen.add(f.__qualname__)
-        trees.append(_tree(textwrap.dedent(inspect.getsource(f))))
-        for name in sorted(_names(f.__code__)):
-            other = f.__globals__.get(name)
-            other = other.function if isinstance(other, RunFunction) else other
-            if isinstance(other, types.FunctionType) and other.__module__ == f.__module__:
-                waiting.append(other)
-    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
-
-
-def _names(code: types.CodeType) -> set[str]:
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner)) if inner else set(code.co_names)
-
-
-def _tree(source: str) -> str:
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
-            value = body[0].value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                body.pop(0)
-    return ast.dump(tree)
-
-
-def _read(path: Path) -> dict | None:
-    """The record at ``path``; None where there is none. A damaged one is set aside, and said."""
-    try:
-        content = json.loads(path.read_text())
-        for key in ("key", "arguments", "status", "results", "weights", "made"):
-            content[key]
-        return content
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        files.set_aside(path, f"not a record: {error!r}")
-        return None
 
 
 def _failure(record: Record) -> str:
@@ -360,7 +283,7 @@ def _announce(study: Study, run: RunFunction, missing: list[dict]) -> None:
     text = f"{run.name}: {len(missing)} runs to train"
     like = study.folder.glob(f"{run.name}-*/record.json")
     shared = study.published.glob(f"{run.name}-*.json") if study.published else []
-    contents = [c for c in map(_read, [*like, *shared]) if c and c["scale"] == study.scale]
+    contents = [c for c in map(records.read, [*like, *shared]) if c and c["scale"] == study.scale]
     known = [c["made"]["seconds"] for c in contents]
     if known:
         hours = sum(known) / len(known) * len(missing) / _workers(study) / 3600
@@ -404,82 +327,3 @@ def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Rec
 
 def _compute(run: RunFunction, arguments: dict) -> dict:
     return run.compute(arguments).content
-
-
-def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Path]:
-    """Copy this machine's finished records of a study to the published ones; the files written."""
-    written = []
-    for path in sorted((runs_folder() / study).glob("*/record.json")):
-        content = _read(path)
-        if content and content["status"] == "done" and content["scale"] in scales:
-            target = published_folder() / study / f"{path.parent.name}.json"
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target.with_suffix(".partial"))
-                os.replace(target.with_suffix(".partial"), target)
-                written.append(target)
-    return written
-
-
-def published(study: str) -> list[dict]:
-    """The contents of a study's published records."""
-    found = map(_read, sorted((published_folder() / study).glob("*.json")))
-    return [content for content in found if content]
-
-
-def compare(old: dict, new: dict) -> tuple[bool, str]:
-    """Whether a record made anew agrees with the old one, and a sentence saying how.
-
-    Made by the same processor, threads, precision and versions, they must be equal, times aside;
-    otherwise the accuracies of the last epoch may differ by 0.03.
-    """
-    same = ("device", "processor", "precision", "threads", "versions")
-    if all(old["made"][k] == new["made"][k] for k in same):
-        if timeless(old) == timeless(new):
-            return True, "the same numbers and weights, bit for bit"
-        return False, "NOT the same numbers, though processor, threads and versions are"
-    last = [c["results"].get("history", [c["results"]])[-1] for c in (old, new)]
-    gaps = {k: abs(v - last[1].get(k, float("inf"))) for k, v in last[0].items() if "accuracy" in k}
-    largest = max(gaps.values(), default=0.0)
-    text = f"made elsewhere or with other versions; accuracies differ by at most {largest:.4f}"
-    return largest <= 0.03, text
-
-
-def timeless(content: dict) -> dict:
-    """What must be equal in two records of one run: arguments, results and weights, no times."""
-    results = dict(content["results"])
-    if "history" in results:
-        rows = results["history"]
-        results["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
-    kept = {k: content[k] for k in ("key", "arguments", "status", "weights")}
-    return kept | {"results": results}
-
-
-def _commit() -> str:
-    """The project's commit, with ``+changes`` where its code differs from it."""
-
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--", "kdutils", "notebooks/*.md")
-    except OSError:
-        return "unknown"
-    return (commit or "unknown") + ("+changes" if changed else "")
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _data_named_in(arguments: dict) -> dict:
-    """Fingerprints of the datasets that arguments name; ``data.load`` let no others pass."""
-    known = data.sources()
-    named = [v for v in arguments.values() if isinstance(v, str) and v in known]
-    return {name: known[name]["fingerprints"] for name in named}

@@ -1,0 +1,171 @@
+"""Records: what a run leaves behind, where it lies, what code made it, whether two agree."""
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+import json
+import os
+import platform
+import resource
+import subprocess
+import textwrap
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from kdutils import data, files
+
+PROJECT = Path(__file__).parent.parent
+SOURCE_ROOMS = ("data", "losses", "metrics", "models", "train")
+VERSIONS = ("kdutils", "lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
+
+
+def published_folder() -> Path:
+    """Where published records lie: ``$KDUTILS_RECORDS``, else ``data/records`` of the project."""
+    return Path(os.environ.get("KDUTILS_RECORDS") or PROJECT / "data" / "records")
+
+
+def runs_folder() -> Path:
+    """Where runs are kept: ``$KDUTILS_RUNS``, else the user's cache folder."""
+    return files.cache_folder("KDUTILS_RUNS", "runs")
+
+
+def read(path: Path) -> dict | None:
+    """The record at ``path``; None where there is none. A damaged one is set aside, and said."""
+    try:
+        content = json.loads(path.read_text())
+        for key in ("key", "arguments", "status", "results", "weights", "made"):
+            content[key]
+        return content
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        files.set_aside(path, f"not a record: {error!r}")
+        return None
+
+
+def published(study: str) -> list[dict]:
+    """The contents of a study's published records."""
+    found = map(read, sorted((published_folder() / study).glob("*.json")))
+    return [content for content in found if content]
+
+
+def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Path]:
+    """Copy this machine's finished records of a study to the published ones; the files written."""
+    written = []
+    for path in sorted((runs_folder() / study).glob("*/record.json")):
+        content = read(path)
+        if content and content["status"] == "done" and content["scale"] in scales:
+            target = published_folder() / study / f"{path.parent.name}.json"
+            if not target.exists():
+                files.write(target, path.read_bytes())
+                written.append(target)
+    return written
+
+
+def compare(old: dict, new: dict) -> tuple[bool, str]:
+    """Whether a record made anew agrees with the old one, and a sentence saying how.
+
+    Made by the same processor, threads, precision and versions, they must be equal, times aside;
+    otherwise the accuracies of the last epoch may differ by 0.03.
+    """
+    same = ("device", "processor", "precision", "threads", "versions")
+    if all(old["made"][k] == new["made"][k] for k in same):
+        if timeless(old) == timeless(new):
+            return True, "the same numbers and weights, bit for bit"
+        return False, "NOT the same numbers, though processor, threads and versions are"
+    last = [c["results"].get("history", [c["results"]])[-1] for c in (old, new)]
+    gaps = {k: abs(v - last[1].get(k, float("inf"))) for k, v in last[0].items() if "accuracy" in k}
+    largest = max(gaps.values(), default=0.0)
+    text = f"made elsewhere or with other versions; accuracies differ by at most {largest:.4f}"
+    return largest <= 0.03, text
+
+
+def timeless(content: dict) -> dict:
+    """What must be equal in two records of one run: arguments, results and weights, no times."""
+    results = dict(content["results"])
+    if "history" in results:
+        rows = results["history"]
+        results["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    kept = {k: content[k] for k in ("key", "arguments", "status", "weights")}
+    return kept | {"results": results}
+
+
+def made_by(described: dict) -> dict:
+    """Where and with what a run is computed; ``described`` is device, precision and threads."""
+    return {
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        **described,
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+    }
+
+
+def data_named_in(arguments: dict) -> dict:
+    """Fingerprints of the datasets that arguments name; ``data.load`` let no others pass."""
+    known = data.sources()
+    named = [v for v in arguments.values() if isinstance(v, str) and v in known]
+    return {name: known[name]["fingerprints"] for name in named}
+
+
+def source_hash(function: Callable) -> str:
+    """SHA-256 of the code a run is made by, comments, docstrings and layout aside.
+
+    Covers the function, the plain functions it reaches in its own module (a notebook), and the
+    rooms of kdutils that decide what a training does.
+    """
+    trees = [_tree((Path(__file__).parent / f"{room}.py").read_text()) for room in SOURCE_ROOMS]
+    seen, waiting = set(), [function]
+    while waiting:
+        f = waiting.pop(0)
+        if f.__qualname__ in seen:
+            continue
+        seen.add(f.__qualname__)
+        trees.append(_tree(textwrap.dedent(inspect.getsource(f))))
+        for name in sorted(_names(f.__code__)):
+            other = f.__globals__.get(name)
+            other = getattr(other, "function", other)  # a run stands for its function
+            if isinstance(other, types.FunctionType) and other.__module__ == f.__module__:
+                waiting.append(other)
+    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return set(code.co_names).union(*map(_names, inner)) if inner else set(code.co_names)
+
+
+def _tree(source: str) -> str:
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            value = body[0].value
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                body.pop(0)
+    return ast.dump(tree)
+
+
+def commit() -> str:
+    """The project's commit, with ``+changes`` where its code differs from it."""
+
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    try:
+        head = git("rev-parse", "HEAD")
+        changed = git("status", "--porcelain", "--", "kdutils", "notebooks/*.md")
+    except OSError:
+        return "unknown"
+    return (head or "unknown") + ("+changes" if changed else "")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,172 @@
+"""Studies as notebooks: every one of them from nothing at `smoke`, wrong parameters, claims."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+
+from kdutils import notebooks, parameters, records
+
+KDUTILS = [sys.executable, "-m", "kdutils"]
+ROOT = records.PROJECT
+
+
+def without_network() -> list[str]:
+    """A prefix that cuts a command off from every network, where the system has one."""
+    for prefix in (["unshare", "-n"], ["unshare", "-rn"]):
+        if shutil.which("unshare") and not subprocess.run([*prefix, "true"]).returncode:
+            return prefix
+    warnings.warn("no unshare here: smoke runs keep their network", stacklevel=2)
+    return []
+
+
+def kdutils(*words, prefix=()) -> subprocess.CompletedProcess:
+    command = [*prefix, *KDUTILS, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("study", notebooks.studies())
+def test_smoke_trains_everything_without_a_network(study, tmp_path):
+    started = time.monotonic()
+    run = kdutils("run", study, "--output", str(tmp_path), prefix=without_network())
+    seconds = time.monotonic() - started
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "Executing:" in run.stderr, "a progress bar is shown"
+    if seconds > 60:
+        warnings.warn(f"{study} took {seconds:.0f} s at smoke scale; the goal is 60", stacklevel=2)
+    (path,) = tmp_path.glob("*.smoke.ipynb")
+    cells = nbformat.read(path, as_version=4).cells
+    found = [
+        o.data[notebooks.CLAIMS]
+        for c in cells
+        for o in c.get("outputs", [])
+        if notebooks.CLAIMS in o.get("data", {})
+    ]
+    (rows,) = found
+    table = pd.read_csv(ROOT / "data" / "claims.csv")
+    assert {row["id"] for row in rows} == set(table[table.study == study].id)
+    for row in rows:
+        assert row["scale"] == "smoke"
+        assert row["low"] <= row["estimate"] <= row["high"]
+        assert row["verdict"]
+
+
+BAD = {
+    "epocs=3": r"unknown parameter 'epocs'; did you mean 'epochs'\?",
+    "epochs=hello": r"parameter epochs is 'hello': input should be a valid integer",
+    "epochs=-1": r"parameter epochs is -1: input should be greater than or equal to 1",
+    "dataset=cifar1000": r"parameter dataset is 'cifar1000': input should be 'cifar10'",
+    "seeds=[0, -1]": r"parameter seeds\[1\] is -1",
+    "snapshots=[1, 2, 3, 40]": r"must not exceed epochs = 4",
+}
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_a_wrong_parameter_stops_before_training_with_one_sentence(wrong, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path / "runs"))
+    run = kdutils("run", "eskd", "--output", str(tmp_path), "-p", wrong)
+    assert run.returncode == 2
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("kdutils: ")
+    assert re.search(BAD[wrong], last), last
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["run", "esdk"], "unknown study 'esdk'; studies: "),
+        (["run", "eskd", "--scale", "huge"], "unknown scale 'huge'; scales: smoke, laptop, paper."),
+        (["run", "eskd", "-p", "epochs"], "-p takes name=value, not 'epochs'."),
+        (["data", "get", "mnist"], "cannot download 'mnist'; downloadable: cifar10, cifar100"),
+        (["publish", "esdk"], "unknown study 'esdk'; studies: "),
+        (["verify", "eskd", "--key", "nosuch"], "no published record of eskd with key 'nosuch'"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong_in_one_sentence(words, sentence):
+    run = kdutils(*words)
+    assert run.returncode == 2
+    assert run.stderr.strip().splitlines()[-1].startswith(f"kdutils: {sentence}")
+
+
+@pytest.mark.parametrize("command", ["run", "data", "publish", "verify", "claims"])
+def test_every_command_has_help(command):
+    run = kdutils(command, "--help")
+    assert run.returncode == 0
+    assert "Usage" in run.stdout
+
+
+def test_absent_data_without_a_network_says_what_helps(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    code = "from kdutils import data; data.load('cifar10')"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "python -m kdutils data get cifar10" in run.stderr
+    assert "KDUTILS_DATA" in run.stderr
+
+
+def test_claims_lists_every_claim_with_null_where_there_is_no_record():
+    rows = json.loads(kdutils("claims", "--json").stdout)
+    table = pd.read_csv(ROOT / "data" / "claims.csv")
+    assert [row["id"] for row in rows] == table.id.tolist()
+    keys = ["id", "study", "paper_value", "estimate", "low", "high", "seeds", "scale", "verdict"]
+    for row in rows:
+        assert list(row) == keys
+        numbers = [row[key] for key in keys[3:]]
+        assert all(n is None for n in numbers) or None not in numbers
+        if row["verdict"]:
+            assert row["low"] <= row["estimate"] <= row["high"]
+            assert row["seeds"] >= 2
+
+
+def test_scales_change_parameters_that_exist():
+    for study, path in notebooks.studies().items():
+        known = _parameters_of(path)
+        for scale in ("smoke", "laptop", "paper"):
+            given = notebooks.scale_parameters(study, scale)
+            assert given["scale"] == scale
+            assert set(given) <= known
+
+
+def _parameters_of(path: Path) -> set[str]:
+    cells = nbformat.read(path, as_version=4).cells
+    (source,) = [c.source for c in cells if "parameters" in c.metadata.get("tags", [])]
+    return set(re.findall(r"^(\w+) =", source, re.MULTILINE))
+
+
+@pytest.mark.parametrize("study", notebooks.studies())
+def test_one_changed_digit_of_a_stored_output_is_found(study, tmp_path):
+    notebook = nbformat.read(notebooks.find(study), as_version=4)
+    outputs = [o for c in notebook.cells for o in c.get("outputs", []) if "data" in o]
+    changed = next(o for o in outputs if re.search(r"\d\.\d{4}", o.data.get("text/plain", "")))
+    text = changed.data["text/plain"]
+    at = re.search(r"\d\.\d{4}", text).end() - 1
+    changed.data["text/plain"] = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+    copy = ROOT / "notebooks" / f".changed-{study}.ipynb"  # beside it: paths stay true
+    nbformat.write(notebook, copy)
+    try:
+        command = ["-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider"]
+        run = subprocess.run(
+            [sys.executable, *command, str(copy)], cwd=ROOT, capture_output=True, text=True
+        )
+    finally:
+        copy.unlink()
+    assert run.returncode == 1, run.stdout
+    assert "1 failed" in run.stdout
+    assert "Cell execution caused an exception" not in run.stdout
+
+
+def test_reading_parameters_takes_plain_public_variables_only():
+    class Two(parameters.Parameters):
+        a: int
+        b: list[int]
+
+    variables = {"a": 1, "b": [2], "_c": 3, "In": ["x"], "Out": {}, "function": max, "Two": Two}
+    assert Two.read(variables) == Two(a=1, b=[2])

@@ -1,0 +1,322 @@
+"""Runs: computed once, recorded, resumed, shared, judged by their source."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from tiny import tiny_study
+
+from kdutils import files, records, runs
+from kdutils.runs import Study, grid
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    return tmp_path
+
+
+def started(record_or_folder) -> int:
+    """How often the run's function was begun."""
+    folder = getattr(record_or_folder, "folder", record_or_folder)
+    return len((folder / "log").read_text().splitlines())
+
+
+def train_in_a_process(folder: Path, seed=0, kill_at=None) -> subprocess.Popen:
+    environment = os.environ | {"KDUTILS_RUNS": str(folder)}
+    if kill_at:
+        environment["TINY_KILL_AT"] = str(kill_at)
+    return subprocess.Popen([sys.executable, HERE / "tiny.py", str(seed)], env=environment)
+
+
+# Keys and grids
+
+
+def test_grid_combines_axes_and_keeps_what_is_fixed():
+    found = grid({"milestones": [6, 8]}, seed=[0, 1], network="a")
+    assert found == [{"milestones": [6, 8], "seed": s, "network": "a"} for s in (0, 1)]
+
+
+def test_key_depends_on_arguments_name_and_version_but_not_on_their_order():
+    study = Study("keys", scale="laptop")
+
+    def f(run, a, b=2, **rest):
+        return {}
+
+    def g(run, a, b=2, **rest):
+        return {}
+
+    one, two, other = study.run(f), study.run(version=2)(f), study.run(g)
+    assert one.key({"a": 1, "c": 3}) == one.key({"c": 3, "a": 1}) == one.key(dict(a=1, b=2, c=3))
+    keys = {one.key({"a": 1}), one.key({"a": 2}), one.key({"a": 1, "b": 3}), two.key({"a": 1})}
+    assert len(keys | {other.key({"a": 1})}) == 5
+
+
+def test_a_missing_or_unknown_argument_is_refused_before_anything_runs():
+    study = Study("keys", scale="laptop")
+    run = study.run(_returns)
+    with pytest.raises(TypeError, match="value"):
+        run()
+    with pytest.raises(TypeError, match="colour"):
+        run(value=1, colour="red")
+
+
+def _returns(run, value):
+    return {"value": value}
+
+
+# Records
+
+
+def test_a_run_is_computed_once_and_its_record_says_what_made_it():
+    _, network = tiny_study()
+    record = network(seed=3)
+    again = tiny_study()[1](seed=3)
+    assert again.content == record.content
+    assert started(record) == 1
+    made = record.content["made"]
+    assert record.arguments == {"seed": 3, "dataset": "digits", "epochs": 3, "poison": None}
+    assert made["data"]["digits"]["train"].startswith("349fd256")
+    assert made["threads"] == 1
+    assert made["source"] == network.source
+    assert {"commit", "device", "precision", "processor", "python", "versions"} <= set(made)
+    assert set(record.content["weights"]) == {"e1.safetensors", "e3.safetensors"}
+
+
+def test_a_truncated_record_is_set_aside_and_the_run_computed_again(capsys):
+    _, network = tiny_study()
+    record = network(seed=0)
+    path = record.folder / "record.json"
+    path.write_text(path.read_text()[:300])
+    again = network(seed=0)
+    assert records.timeless(again.content) == records.timeless(record.content)
+    assert started(record) == 2
+    assert "record.json is damaged" in capsys.readouterr().out
+
+
+def test_truncated_weights_are_set_aside_and_trained_again(capsys):
+    _, network = tiny_study()
+    record = network(seed=0)
+    path = record.weights("e1")
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    assert network(seed=0).weights("e1").read_bytes() == whole
+    assert "e1.safetensors is damaged" in capsys.readouterr().out
+
+
+def test_weights_that_were_never_kept_are_named():
+    _, network = tiny_study()
+    with pytest.raises(KeyError, match="e2"):
+        network(seed=0).weights("e2")
+
+
+def test_a_diverging_run_is_recorded_as_failed_and_not_tried_again():
+    study, network = tiny_study()
+    wanted = [{"seed": 0, "poison": [2, 25]}]
+    for _ in range(2):
+        with pytest.raises(runs.RunFailed, match="epoch 2, step 5"):
+            study.map(network, wanted)
+    content = network.find(wanted[0]).content
+    assert content["status"] == "failed"
+    assert (content["results"]["epoch"], content["results"]["step"]) == (2, 5)
+    assert started(network.folder(wanted[0])) == 1
+
+
+def test_a_full_disk_leaves_no_record_and_the_next_try_succeeds(monkeypatch):
+    _, network = tiny_study()
+    write = files.write
+
+    def full(path, content):
+        if Path(path).name == "record.json":
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(files, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        network(seed=0)
+    assert network.find({"seed": 0}) is None
+    monkeypatch.undo()
+    assert network(seed=0).content["status"] == "done"
+
+
+# Interruption, company
+
+
+@pytest.mark.parametrize("attempt", range(2))
+def test_killed_at_a_random_step_a_run_ends_as_if_it_had_not_been(folders, attempt):
+    step = random.randint(2, 59)  # of 60
+    killed = train_in_a_process(folders / "killed", kill_at=step)
+    assert killed.wait() == -signal.SIGKILL
+    assert not list((folders / "killed").rglob("record.json"))
+    assert train_in_a_process(folders / "killed").wait() == 0
+    assert train_in_a_process(folders / "whole").wait() == 0
+    contents = []
+    for name in ("killed", "whole"):
+        (path,) = (folders / name).rglob("record.json")
+        contents.append(json.loads(path.read_text()))
+        for weights, digest in contents[-1]["weights"].items():
+            assert files.sha256(path.parent / weights) == digest
+    assert records.timeless(contents[0]) == records.timeless(contents[1]), f"killed at step {step}"
+
+
+def test_two_processes_that_want_one_run_share_one_result(folders):
+    both = [train_in_a_process(folders / "runs") for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    (path,) = (folders / "runs").rglob("record.json")
+    assert started(path.parent) == 1
+
+
+def test_a_run_begun_by_other_source_begins_again(folders):
+    killed = train_in_a_process(folders / "runs", kill_at=45)
+    assert killed.wait() == -signal.SIGKILL
+    (state,) = (folders / "runs").rglob("state.safetensors")
+    (state.parent / "source").write_text("an earlier source")
+    assert train_in_a_process(folders / "runs").wait() == 0
+    (path,) = (folders / "runs").rglob("record.json")
+    assert len(json.loads(path.read_text())["results"]["history"]) == 3
+    assert "earlier" not in (path.parent / "source").read_text()
+
+
+# Fan-out
+
+
+def test_processes_and_serial_give_the_same_records():
+    seeds = grid(seed=[0, 1, 2])
+    serial = _timeless(*tiny_study("serial"), seeds)
+    os.environ["KDUTILS_RUNS"] += "-processes"
+    assert _timeless(*tiny_study("processes"), seeds) == serial
+
+
+def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
+    distributed = pytest.importorskip("dask.distributed", reason="needs the extra `cluster`")
+    seeds = grid(seed=list(range(6)), epochs=6)
+    serial = _timeless(*tiny_study("serial"), seeds)
+    os.environ["KDUTILS_RUNS"] += "-dask"
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
+        pids = [worker.pid for worker in cluster.workers.values()]
+        killed = threading.Thread(target=_kill_when_busy, args=(records.runs_folder(), pids))
+        killed.start()
+        study, network = tiny_study(cluster.scheduler_address)
+        assert _timeless(study, network, seeds) == serial
+        killed.join()
+    begun = [started(network.folder(a)) for a in seeds]
+    assert max(begun) > 1, "the worker was killed between runs, not midway"
+
+
+def _kill_when_busy(folder: Path, pids: list[int]):
+    """Kill the worker that is in the middle of a run, once a state of it has been kept."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for state in folder.rglob("state.safetensors"):
+            pid = int((state.parent / "log").read_text().split()[-1])
+            if pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                return
+        time.sleep(0.005)
+
+
+def _timeless(study, network, arguments):
+    study.map(network, arguments)
+    return {r.content["key"]: records.timeless(r.content) for r in study.records}
+
+
+# Publishing, reading
+
+
+def test_published_records_are_read_without_training(folders):
+    network = tiny_study()[1]
+    network(seed=0)
+    assert len(records.publish("tiny")) == 1
+    assert records.publish("tiny") == []
+    os.environ["KDUTILS_RUNS"] = str(folders / "elsewhere")
+    study, network = tiny_study(train=False)
+    frame = study.map(network, grid(seed=[0, 1]))
+    assert frame.seed.unique().tolist() == [0]
+    assert not (folders / "elsewhere").exists()
+    assert len(frame) == 3
+    assert study.costs().runs.tolist() == [1]
+
+
+def test_a_published_run_is_trained_again_when_its_weights_are_wanted(folders):
+    first = tiny_study()[1](seed=0)
+    expected = first.weights("e3").read_bytes()
+    records.publish("tiny")
+    os.environ["KDUTILS_RUNS"] = str(folders / "elsewhere")
+    record = tiny_study()[1](seed=0)
+    assert not record.folder.exists()
+    assert record.weights("e3").read_bytes() == expected
+
+
+def test_smoke_trains_whatever_is_published():
+    tiny_study()[1](seed=0)
+    records.publish("tiny")
+    study, network = tiny_study(scale="smoke", train=False)
+    study.map(network, grid(seed=[0]))
+    assert started(network.find({"seed": 0})) == 1
+
+
+def test_smoke_and_failed_runs_are_not_published():
+    study, network = tiny_study()
+    with pytest.raises(runs.RunFailed):
+        study.map(network, [{"seed": 0, "poison": [1, 1]}])
+    assert records.publish("tiny") == []
+    network(seed=1)
+    assert records.publish("tiny", scales=["paper"]) == []
+
+
+def test_map_says_what_it_will_train_and_how_long_it_will_take(capsys):
+    study, network = tiny_study()
+    study.map(network, grid(seed=[0]))
+    assert "network: 1 runs to train\n" in capsys.readouterr().out
+    study.map(network, grid(seed=[0, 1, 2]))
+    assert "network: 2 runs to train, about 0 minutes (as its 1 records say)" in (
+        capsys.readouterr().out
+    )
+
+
+def test_compare_tells_same_bits_from_close_numbers_from_neither():
+    old = tiny_study()[1](seed=0).content
+    new = json.loads(json.dumps(old))
+    new["made"]["seconds"] += 1
+    assert records.compare(old, new) == (True, "the same numbers and weights, bit for bit")
+    new["results"]["history"][-1]["test_accuracy"] += 0.01
+    assert not records.compare(old, new)[0]
+    new["made"]["threads"] = 2
+    assert records.compare(old, new)[0]
+    new["results"]["history"][-1]["test_accuracy"] += 0.03
+    assert not records.compare(old, new)[0]
+
+
+# Source
+
+
+def _hash(tmp_path, text):
+    path = tmp_path / f"m{abs(hash(text))}.py"
+    path.write_text(text)
+    names = {"__name__": "some_notebook"}
+    exec(compile(text, str(path), "exec"), names)
+    return records.source_hash(names["f"])
+
+
+def test_source_hash_ignores_comments_and_docstrings_but_no_code(tmp_path):
+    text = 'def g():\n    return 1\n\ndef f(run):\n    """Doc."""\n    return {"x": g()}\n'
+    same = text.replace('"""Doc."""', '"""Other words."""  # and a comment')
+    assert _hash(tmp_path, same) == _hash(tmp_path, text)
+    assert _hash(tmp_path, text.replace('"x"', '"y"')) != _hash(tmp_path, text)
+    helper = text.replace("return 1", "return 2")
+    assert _hash(tmp_path, helper) != _hash(tmp_path, text)
+    unused = text + "\ndef h():\n    return 3\n"
+    assert _hash(tmp_path, unused) == _hash(tmp_path, text)
