@@ -23,4 +23,7 @@ except RuntimeError as error:
     schemas.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     torchvision = importlib.import_module("torchvision")
 
+# torchvision does not import this one by itself
+importlib.import_module("torchvision.models.feature_extraction")
+
 __all__ = ["torchvision"]

@@ -1,0 +1,222 @@
+"""What the training loop costs beside the networks' own arithmetic: ``make bench``.
+
+Every ratio is of two things measured in turn in the same run, as the median over the rounds of
+their quotient: what else the machine does then touches both alike. Exits with 1 if a goal is
+missed. Pictures are random; no data is needed.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from kdutils import data, losses, models, train
+
+BATCH = 128
+STATISTICS = (np.full(3, 125.0), np.full(3, 60.0))
+SMALL = dict(name="convnet", widths=(8, 16, 32))  # about 4 ms a step on two threads
+
+
+def batches(steps: int) -> data.Batches:
+    """Random pictures of 32 × 32 pixels, enough for ``steps`` batches an epoch."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (BATCH * steps, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, 10, len(images), dtype=np.uint8)
+    device = train.fabric().device
+    options = dict(statistics=STATISTICS, batch_size=BATCH, seed=0, device=device)
+    return data.Batches(images, labels, **options)
+
+
+def build(name="resnet18", **options):
+    return models.build(name, classes=10, seed=1, **options).to(train.fabric().device)
+
+
+def sgd(network):
+    options = dict(lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    return torch.optim.SGD(network.parameters(), **options)
+
+
+def hard(network, batch):
+    return F.cross_entropy(network(batch.images), batch.labels)
+
+
+def bare(network, optimizer, preloaded) -> None:
+    """Forward, backward, step on batches that lie ready, at the loop's precision."""
+    device = train.fabric().device.type
+    bf16 = train.device_description()["precision"] == "bf16-mixed"
+    network.train()
+    for batch in preloaded:
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = hard(network, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    float(loss.detach())  # waits for the device
+
+
+def seconds(function) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def in_turn(a, b, rounds: int, warm_up: int = 1) -> list[tuple[float, float]]:
+    """Seconds of a and of b, one after the other, after rounds that do not count."""
+    return [(seconds(a), seconds(b)) for _ in range(warm_up + rounds)][warm_up:]
+
+
+def quotient(pairs: list[tuple[float, float]]) -> float:
+    return statistics.median(a / b for a, b in pairs)
+
+
+def milliseconds(pairs, steps: int) -> str:
+    """Of a step of a and of b, for the table."""
+    a, b = (statistics.median(times) / steps * 1e3 for times in zip(*pairs, strict=True))
+    return f"{a:8.2f} {b:8.2f}"
+
+
+def loop(network: dict, steps: int, rounds: int) -> list[tuple[float, float]]:
+    """Epochs of bare steps and, between them, epochs of one :func:`kdutils.train.fit`."""
+    trained, alone = build(**network), build(**network)
+    optimizer, ready, pairs = sgd(alone), batches(steps), []
+    preloaded = list(ready(1))
+
+    def progress(epochs):
+        for epoch in epochs:
+            before = seconds(lambda: bare(alone, optimizer, preloaded))
+            started = time.perf_counter()
+            yield epoch  # fit trains here
+            pairs.append((before, time.perf_counter() - started))
+
+    options = dict(epochs=1 + rounds, optimizer=sgd(trained), progress=progress)
+    train.fit(trained, ready, hard, **options)
+    return pairs[1:]
+
+
+def cached_teacher(steps: int, rounds: int) -> tuple[list[tuple[float, float]], bool]:
+    """Epochs with the teacher computed at every step and with its outputs read; same student?"""
+    ready = batches(steps)
+    teacher = train.fabric().setup_module(models.build("resnet34", classes=10, seed=2)).eval()
+    students = [build(), build()]
+    optimizers = [sgd(student) for student in students]
+
+    def computed(network, batch):
+        with torch.inference_mode():
+            logits = teacher(batch.images)
+        return losses.distillation(network(batch.images), logits.clone(), batch.labels)
+
+    def read(network, batch):
+        logits = stored[batch.epoch - 1, batch.index]
+        return losses.distillation(network(batch.images), logits, batch.labels)
+
+    def epoch(which, loss):
+        return lambda: train.fit(
+            students[which], ready, loss, epochs=1, optimizer=optimizers[which]
+        )
+
+    with tempfile.TemporaryDirectory() as folder:
+        train.stored_outputs(teacher, ready, 1, Path(folder))
+        stored = train.stored_outputs(teacher, ready, 1, Path(folder))  # from the file
+    pairs = in_turn(epoch(0, computed), epoch(1, read), rounds)
+    states = [student.state_dict() for student in students]
+    return pairs, all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def idle_taps(steps: int, rounds: int) -> list[tuple[float, float]]:
+    """Bare steps of torchvision's ResNet-18 and of the same without its idle taps."""
+    whole = models._resnet("resnet18", 10, "imagenet")
+    whole = whole.to(train.fabric().device, memory_format=torch.channels_last)
+    cut, preloaded = build(), list(batches(steps)(1))
+    optimizers = sgd(whole), sgd(cut)
+    return in_turn(
+        lambda: bare(whole, optimizers[0], preloaded),
+        lambda: bare(cut, optimizers[1], preloaded),
+        rounds,
+    )
+
+
+def worker(steps: int) -> None:
+    """Trains an epoch for every line it is sent, and answers when it is done."""
+    network, preloaded = build(), list(batches(steps)(1))
+    optimizer = sgd(network)
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        bare(network, optimizer, preloaded)
+        print("done", flush=True)
+
+
+def processes(steps: int, rounds: int) -> list[tuple[float, float]]:
+    """Two processes of one thread that train at once; one process of two threads, twice."""
+
+    def start(threads):
+        command = [sys.executable, __file__, "--threads", str(threads), "--worker", str(steps)]
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        process.stdout.readline()
+        return process
+
+    def epoch(several):
+        for process in several:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        for process in several:
+            process.stdout.readline()
+
+    single, double = [start(1), start(1)], [start(2)]
+    try:
+        return in_turn(lambda: [epoch(double), epoch(double)], lambda: epoch(single), rounds)
+    finally:
+        for process in single + double:
+            process.stdin.close()
+            process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
+    parser.add_argument("--threads", type=int, help="threads to train with (default: PyTorch's)")
+    parser.add_argument("--processes", action="store_true", help="also 2 × 1 against 1 × 2 threads")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.worker:
+        worker(options.worker)
+        return 0
+
+    few, rounds = (4, 5) if options.quick else (12, 9)
+    many = 50 if options.quick else 150  # steps of a small network: an epoch is not too short
+    where = train.device_description()
+    print(f"{where['device']}, {where['precision']}, {where['threads']} threads, batch {BATCH}")
+    print(f"{'':48}{'ms a step':>17}{'ratio':>8}{'goal':>8}")
+    missed = False
+
+    def row(what, pairs, steps, goal=None):
+        nonlocal missed
+        ratio = quotient(pairs)
+        short = goal is not None and ratio < goal
+        missed |= short
+        wanted = f"≥ {goal:.2f}" if goal else ""
+        line = f"{what:48}{milliseconds(pairs, steps)}{ratio:8.3f}{wanted:>8}"
+        print(line + ("  missed" if short else ""), flush=True)
+
+    row("ResNet-18: bare steps, the loop", loop({}, few, rounds), few, 0.97)
+    row("small CNN: bare steps, the loop", loop(SMALL, many, rounds), many, 0.90)
+    pairs, same = cached_teacher(few, rounds)
+    row("ResNet-34 teaches: computed, outputs read", pairs, few, 1.4)
+    print(f"    the two students are {'the same bits' if same else 'NOT the same: missed'}")
+    row("ResNet-18: torchvision's, without idle taps", idle_taps(few, rounds), few)
+    if options.processes:
+        row("a batch: 1 × 2 threads, 2 × 1", processes(few, rounds), 2 * few)
+    return int(missed or not same)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

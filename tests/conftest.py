@@ -1,0 +1,29 @@
+"""Shared by all tests: one thread, no network, and folders of their own instead of the user's."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported; subprocesses inherit it
+
+import pytest
+from hypothesis import settings
+
+from kdutils import data
+
+# The same examples every time: a failure on another machine is a failure here.
+settings.register_profile("kdutils", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("kdutils")
+
+
+@pytest.fixture(autouse=True)
+def own_folders(monkeypatch, tmp_path_factory):
+    """Datasets and runs of a test lie in a fresh folder; the user's are neither read nor touched.
+
+    Returns the folder of the datasets, which does not exist yet.
+    """
+    folder = tmp_path_factory.mktemp("own")
+    monkeypatch.setenv("KDUTILS_DATA", str(folder / "data"))
+    monkeypatch.setenv("KDUTILS_RUNS", str(folder / "runs"))
+    monkeypatch.delenv("KDUTILS_RECORDS", raising=False)
+    data.load.cache_clear()
+    yield folder / "data"
+    data.load.cache_clear()
