@@ -113,39 +113,53 @@ def data_named_in(arguments: dict) -> dict:
 def source_hash(function: Callable) -> str:
     """SHA-256 of the code a run is made by, comments, docstrings and layout aside.
 
-    Covers the function, the plain functions it reaches in its own module (a notebook), and the
-    rooms of kdutils that decide what a training does.
+    Covers the function, and whatever it and what it reaches call by name: functions of its own
+    module (a notebook), and definitions of the rooms that decide what a training does. So a room
+    can grow without touching the hash of runs that do not use what is new.
     """
-    trees = [_tree((Path(__file__).parent / f"{room}.py").read_text()) for room in SOURCE_ROOMS]
-    seen, waiting = set(), [function]
+    reached, waiting = {}, [_definition(function)]
+    rooms = {}
+    for room in SOURCE_ROOMS:
+        for node in ast.parse((Path(__file__).parent / f"{room}.py").read_text()).body:
+            names = [getattr(node, "name", None), *map(_target, getattr(node, "targets", []))]
+            rooms |= {name: node for name in names if name}
     while waiting:
-        f = waiting.pop(0)
-        if f.__qualname__ in seen:
-            continue
-        seen.add(f.__qualname__)
-        trees.append(_tree(textwrap.dedent(inspect.getsource(f))))
-        for name in sorted(_names(f.__code__)):
-            other = f.__globals__.get(name)
+        node = _without_docstrings(waiting.pop())
+        reached[ast.dump(node)] = None
+        for name in _names(node):
+            other = function.__globals__.get(name)
             other = getattr(other, "function", other)  # a run stands for its function
-            if isinstance(other, types.FunctionType) and other.__module__ == f.__module__:
-                waiting.append(other)
-    return hashlib.sha256("\n".join(trees).encode()).hexdigest()
+            own = isinstance(other, types.FunctionType) and other.__module__ == function.__module__
+            for found in (_definition(other) if own else None, rooms.get(name)):
+                if found is not None and ast.dump(_without_docstrings(found)) not in reached:
+                    waiting.append(found)
+    return hashlib.sha256("\n".join(sorted(reached)).encode()).hexdigest()
 
 
-def _names(code: types.CodeType) -> set[str]:
-    inner = [c for c in code.co_consts if isinstance(c, types.CodeType)]
-    return set(code.co_names).union(*map(_names, inner)) if inner else set(code.co_names)
+def _definition(function: Callable) -> ast.AST:
+    return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
 
 
-def _tree(source: str) -> str:
-    tree = ast.parse(source)
+def _target(node: ast.AST) -> str | None:
+    return getattr(node, "id", None)
+
+
+def _names(tree: ast.AST) -> set[str]:
+    """Every name and attribute in the tree: more than is called, never less."""
+    nodes = list(ast.walk(tree))
+    return {n.id for n in nodes if isinstance(n, ast.Name)} | {
+        n.attr for n in nodes if isinstance(n, ast.Attribute)
+    }
+
+
+def _without_docstrings(tree: ast.AST) -> ast.AST:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+        if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr):
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 body.pop(0)
-    return ast.dump(tree)
+    return tree
 
 
 def commit() -> str:

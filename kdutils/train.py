@@ -35,11 +35,14 @@ def fabric() -> lightning_fabric.Fabric:
     """The device and precision in use: bf16 autocast where the processor has it, else float32."""
     if torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    else:  # a build without oneDNN has no such operator
+        bf16 = torch.backends.mkldnn.is_available() and (
+            torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
     precision = "bf16-mixed" if bf16 else "32-true"
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
-    return lightning_fabric.Fabric(accelerator="auto", devices=1, precision=precision)
+    accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    return lightning_fabric.Fabric(accelerator=accelerator, devices=1, precision=precision)
 
 
 def device_description() -> dict[str, str]:

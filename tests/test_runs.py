@@ -320,3 +320,20 @@ def test_source_hash_ignores_comments_and_docstrings_but_no_code(tmp_path):
     assert _hash(tmp_path, helper) != _hash(tmp_path, text)
     unused = text + "\ndef h():\n    return 3\n"
     assert _hash(tmp_path, unused) == _hash(tmp_path, text)
+
+
+def test_source_hash_follows_what_is_reached_into_the_rooms(tmp_path, monkeypatch):
+    rooms = tmp_path / "rooms"
+    rooms.mkdir()
+    for room in records.SOURCE_ROOMS:
+        (rooms / f"{room}.py").write_text(f"def of_{room}():\n    pass\n")
+    losses = "LIMIT = 3\n\ndef deep():\n    return LIMIT\n\ndef fit():\n    return deep()\n"
+    (rooms / "losses.py").write_text(losses)
+    monkeypatch.setattr(records, "__file__", str(rooms / "records.py"))
+    # A helper has the name of a room's function that it calls: both count.
+    text = "def fit(run):\n    return losses.fit()\n\ndef f(run):\n    return fit(run)\n"
+    first = _hash(tmp_path, text)
+    (rooms / "losses.py").write_text(losses + "\n\ndef later():\n    return 1\n")
+    assert _hash(tmp_path, text) == first
+    (rooms / "losses.py").write_text(losses.replace("LIMIT = 3", "LIMIT = 4"))
+    assert _hash(tmp_path, text) != first
