@@ -38,8 +38,8 @@ book: env ## build the book from the notebooks' stored outputs
 serve: env ## show the built book at http://localhost:8000
 	$(BIN)/python -m http.server --directory _build/html
 
-sync: env ## carry the edited notebooks/*.md over to the .ipynb, keeping outputs
-	$(BIN)/jupytext --to ipynb --update notebooks/*.md
+sync: env ## carry the edited notebooks/*.md over to the .ipynb and run those
+	$(BIN)/python -m kdutils sync $(STUDY)
 
 bench: env ## time the training loop against bare steps
 	$(BIN)/python tests/bench.py

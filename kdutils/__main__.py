@@ -1,4 +1,4 @@
-"""The command line: run, data, publish, verify, claims."""
+"""The command line: run, data, publish, verify, sync, claims."""
 
 import json
 import random
@@ -133,6 +133,15 @@ def verify(
         sound &= good
         print(f"{old['run']}-{old['key']}: {sentence}")
     raise typer.Exit(0 if sound else 1)
+
+
+@app.command()
+def sync(
+    study: Annotated[str, typer.Argument(help="A study's name; all notebooks if left out.")] = "",
+):
+    """Carry an edited notebook's .md over to its .ipynb, and run that from published records."""
+    for path in notebooks.sync(study):
+        print(path)
 
 
 @app.command()

@@ -126,7 +126,14 @@ def _checked(name: str, arrays: dict[str, np.ndarray], source: dict, where: str)
         missing = {f"x_{split}", f"y_{split}", "names"} - set(arrays)
         if missing:
             raise DataError(f"{where} was not used: it has no array {sorted(missing)[0]!r}")
-        found[split] = fingerprint(arrays[f"x_{split}"], arrays[f"y_{split}"])
+        x, y = arrays[f"x_{split}"], arrays[f"y_{split}"]
+        sound = x.dtype == y.dtype == np.uint8 and x.ndim == 4 and x.shape[3] == 3
+        if not sound or y.shape != x.shape[:1] or y.max(initial=0) >= arrays["names"].size:
+            raise DataError(
+                f"{where} was not used: its {split} split must be uint8 images (N, H, W, 3) with "
+                f"uint8 labels (N,) of named classes, not {x.dtype} {x.shape}, {y.dtype} {y.shape}"
+            )
+        found[split] = fingerprint(x, y)
         expected = source["fingerprints"][split]
         if found[split] != expected:
             raise DataError(
@@ -254,7 +261,11 @@ class Batches:
 
     def identity(self) -> str:
         """Says which views these are: equal for equal images, labels, seed and augmentation."""
-        return f"{self._content} {self.batch_size} {self.seed} {self.pad} {self.flip}"
+        scale = hashlib.sha256(
+            self.scale.cpu().numpy().tobytes() + self.shift.cpu().numpy().tobytes()
+        )
+        options = (self.batch_size, self.seed, self.pad, self.flip, self.shuffle)
+        return f"{self._content} {scale.hexdigest()} {options}"
 
     def order(self, epoch: int) -> np.ndarray:
         """The epoch's indices, shuffled unless ``shuffle`` is off."""

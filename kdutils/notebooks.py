@@ -2,11 +2,13 @@
 
 import linecache
 import os
+from html import escape
 from pathlib import Path
 
-from kdutils import parameters
+from kdutils import files, parameters
 from kdutils.records import PROJECT
 from kdutils.runs import SCALES
+from kdutils.verdicts import Verdict
 
 FOLDER = PROJECT / "notebooks"
 CLAIMS = "application/vnd.kdutils.claims+json"  # MIME type of the verdicts in a notebook's output
@@ -72,6 +74,28 @@ def run(study: str, given: dict, output: Path) -> Path:
     return output
 
 
+def sync(study: str = "") -> list[Path]:
+    """Carry the edited ``.md`` of a study (of all notebooks) over to its ``.ipynb`` and run it.
+
+    What the notebook shows then follows from its source and from published records.
+    """
+    import jupytext
+    import nbformat
+    from jupytext.combine import combine_inputs_with_outputs
+    from nbclient import NotebookClient
+
+    paths = [find(study)] if study else [p.with_suffix(".ipynb") for p in FOLDER.glob("*.md")]
+    for path in sorted(paths):
+        notebook = jupytext.read(path.with_suffix(".md"))
+        if path.exists():  # cells that stay keep their ids
+            old = nbformat.read(path, as_version=4)
+            notebook = combine_inputs_with_outputs(notebook, old, fmt="ipynb")
+        where = {"metadata": {"path": str(FOLDER)}}
+        NotebookClient(notebook, record_timing=False, resources=where).execute()
+        files.write(path, nbformat.writes(notebook) + "\n")
+    return paths
+
+
 def procedure(study: str, given: dict) -> dict:
     """The names a notebook defines up to its results: runs parameters and ``define`` cells.
 
@@ -93,30 +117,50 @@ def procedure(study: str, given: dict) -> dict:
     return names
 
 
-def judged(study: str, scale: str, verdicts: dict) -> None:
+def judged(study: str, scale: str, found: dict[str, Verdict]) -> None:
     """Show a study's claims in a table: the paper's value, ours with its interval, the verdict.
 
-    ``verdicts`` holds a :class:`kdutils.verdicts.Verdict` for every claim id. The stored output
-    carries the numbers as data too, for :func:`claims`.
+    ``found`` holds a verdict for every claim id of the study. The stored output carries the
+    numbers as data too, for :func:`claims`.
     """
     from IPython.display import display
 
-    table = _claims_table().query("study == @study").set_index("id")
-    if set(verdicts) != set(table.index):
-        odd = sorted(set(verdicts) ^ set(table.index))
-        raise ValueError(f"claims and verdicts of {study} differ in {', '.join(odd)}")
-    shown = table[["statement", "quantity", "paper_value"]].fillna("–")
-    shown.columns = ["the paper says", "measured as", "paper"]
-    shown["ours [95 % interval]"] = [str(verdicts[name]) for name in shown.index]
-    shown["seeds"] = [verdicts[name].seeds for name in shown.index]
-    shown["verdict"] = [verdicts[name].verdict or "no record yet" for name in shown.index]
+    table = _claims_table().query("study == @study")
+    if set(found) != set(table.id):
+        odd = ", ".join(sorted(set(found) ^ set(table.id)))
+        raise ValueError(f"the claims of {study} and the verdicts given differ in {odd}")
     rows = [
-        {"id": name, "scale": scale if found.verdict else None, **found.as_dict()}
-        for name, found in verdicts.items()
+        {"id": name, "scale": scale if verdict.verdict else None, **verdict.as_dict()}
+        for name, verdict in found.items()
     ]
-    html = shown.rename_axis(None).to_html(border=0, classes="claims", justify="left")
-    bundle = {"text/html": f'<div class="claims">{html}</div>', "text/plain": shown.to_string()}
-    display(bundle | {CLAIMS: rows}, raw=True)
+    shown = [row | claim for row, claim in zip(rows, table.to_dict("records"), strict=True)]
+    text = "\n".join(f"{name} {v.verdict or 'no record yet'} {v}" for name, v in found.items())
+    display({"text/html": claims_html(shown), "text/plain": text, CLAIMS: rows}, raw=True)
+
+
+def claims_html(rows: list[dict]) -> str:
+    """Claims as an HTML table that scrolls in a box of its own where the screen is narrow.
+
+    A row has the keys of :func:`claims` and ``statement``.
+    """
+    import pandas as pd
+
+    def line(row):
+        word = row["verdict"] or "no record yet"
+        sign = f'<span class="verdict {word.replace(" ", "-")}">{word}</span>'
+        keys = ("estimate", "low", "high", "seeds", "verdict")
+        ours = str(Verdict(*(row[key] for key in keys))).replace(" [", "<br>[")
+        return {
+            "claim": f"{row['id']}<br>{sign}",
+            "the paper says": escape(row["statement"]),
+            "paper": escape(row["paper_value"] or "–"),
+            "ours<br>[95 % interval]": ours.replace(" ", "&nbsp;"),
+            "runs": f"{row['seeds']}&nbsp;seeds, {row['scale']}" if row["seeds"] else "–",
+        }
+
+    table = pd.DataFrame(map(line, rows)).set_index("claim").rename_axis(None)
+    html = table.to_html(border=0, classes="claims", justify="left", escape=False)
+    return f'<div class="claims">{html}</div>'
 
 
 def _claims_table():

@@ -66,11 +66,12 @@ class Study:
             return lambda f: RunFunction(self, f, version)
         return RunFunction(self, function, version)
 
-    def map(self, run: "RunFunction", arguments: list[dict]) -> pd.DataFrame:
+    def map(self, run: "RunFunction", arguments: list[dict], *, optional=False) -> pd.DataFrame:
         """One row a run and epoch: arguments, history, and the run's other results.
 
-        Runs without a record are computed by the engine (with ``train=False``: left out).
-        Says beforehand how many there are and, where records tell, how long they will take.
+        Runs without a record are computed by the engine (with ``train=False``: left out, and
+        having none at all is an error unless the runs are ``optional``). Says beforehand how many
+        there are to compute and, where records tell, how long that will take.
         """
         found = {run.key(a): run.find(a) for a in arguments}
         missing = [a for a in arguments if found[run.key(a)] is None]
@@ -81,6 +82,8 @@ class Study:
         elif missing:
             print(f"{run.name}: {len(missing)} of {len(arguments)} runs have no record yet")
         done = [record for record in found.values() if record is not None]
+        if not done and not optional:
+            raise RunFailed(f"no run of {run.name!r} has a record: let them be trained")
         failed = [r for r in done if r.content["status"] == "failed"]
         if failed:
             raise RunFailed("; ".join(_failure(r) for r in failed))

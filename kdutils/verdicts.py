@@ -1,5 +1,6 @@
 """From numbers, one a seed, to what they say: intervals, paired comparisons, verdicts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -22,6 +23,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     from scipy import stats
 
     values = np.asarray(values, float)
+    if not np.isfinite(values).all():
+        raise ValueError(f"there is no interval for values that are not finite: {values}")
     if len(values) < 2:
         mean = float(values[0]) if len(values) else np.nan
         return Interval(mean, np.nan, np.nan, len(values))
@@ -97,7 +100,7 @@ def verdict_not_worse(values: Sequence[float], bound: float) -> Verdict:
     found = interval(values)
     if found.n < 2:
         return NO_RECORD
-    word = REPLICATED if found.low < bound else NOT_REPLICATED
+    word = REPLICATED if found.low <= bound else NOT_REPLICATED
     return Verdict(found.mean, found.low, found.high, found.n, word)
 
 
@@ -112,7 +115,10 @@ def verdict_all(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def _parse(test: str) -> tuple[int, float]:
-    sign, _, bound = test.partition(" ")
-    if sign not in "<>" or not bound:
-        raise ValueError(f"test is {test!r}; it must read like '> 0' or '< 0.01'")
-    return (1 if sign == ">" else -1), float(bound)
+    side, _, bound = test.partition(" ")
+    try:
+        if side in ("<", ">") and math.isfinite(float(bound)):
+            return (1 if side == ">" else -1), float(bound)
+    except ValueError:
+        pass
+    raise ValueError(f"test is {test!r}; it must read like '> 0' or '< 0.01'")

@@ -163,6 +163,27 @@ def test_one_changed_digit_of_a_stored_output_is_found(study, tmp_path):
     assert "Cell execution caused an exception" not in run.stdout
 
 
+def test_verify_trains_a_published_run_again_and_finds_a_changed_digit(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
+    names = notebooks.procedure("eskd", {"scale": "laptop", "train_missing": True})
+    setting = {"dataset": "digits", "validation": 200, "batch_size": 100, "stem": "imagenet"}
+    setting |= {"epochs": 2, "milestones": [1], "lr": 0.02, "network": "resnet10", "seed": 0}
+    taught = {"teacher_network": "resnet10", "snapshot": 1, "kd_epochs": 1}
+    names["student"](temperature=4.0, alpha=0.9, **taught, **setting)
+    (path,) = [p for p in records.publish("eskd") if p.name.startswith("student")]
+    key = path.stem.partition("-")[2]
+    run = kdutils("verify", "eskd", "--key", key)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "the same numbers and weights, bit for bit" in run.stdout
+    content = json.loads(path.read_text())
+    content["results"]["history"][-1]["test_accuracy"] += 0.0001
+    path.write_text(json.dumps(content))
+    run = kdutils("verify", "eskd", "--key", key)
+    assert run.returncode == 1
+    assert "NOT the same numbers" in run.stdout
+
+
 def test_reading_parameters_takes_plain_public_variables_only():
     class Two(parameters.Parameters):
         a: int

@@ -117,9 +117,6 @@ def test_a_whole_number_is_a_number():
     assert Given.check(GOOD | {"temperature": 4, "alpha": 1}).temperature == 4
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Positive lets infinity through; the loss is not finite then"
-)
 def test_infinity_is_no_temperature():
     assert "temperature" in sentence(temperature=math.inf)
 
