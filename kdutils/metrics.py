@@ -1,7 +1,9 @@
-"""What is measured on a network's logits: accuracy, calibration, entropy."""
+"""What is measured on a network: accuracy, calibration, entropy of logits; geometry of features."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import stats
 
 from kdutils import _torchvision  # noqa: F401 - torchmetrics imports torchvision, after this
 
@@ -28,3 +30,60 @@ def classification(logits, labels, temperature: float = 1.0) -> dict[str, float]
 def mean_entropy(logits, temperature: float = 1.0) -> float:
     """Mean entropy (nats) of softmax(logits / temperature); ``logits`` is a tensor (..., C)."""
     return float(torch.distributions.Categorical(logits=logits / temperature).entropy().mean())
+
+
+def class_similarity(features, labels) -> np.ndarray:
+    """Cosines (C, C) between class centres, measured from the centres' mean.
+
+    ``features`` (N, D) and ``labels`` (N,) of test pictures; rows and columns are the C classes
+    that occur, in ascending order. A centre at the mean has no direction and gets zeros.
+    """
+    _, members, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    sums = np.eye(len(counts))[:, members] @ np.asarray(features, dtype=float)
+    centres = _centred(sums / counts[:, None])
+    length = np.linalg.norm(centres, axis=1, keepdims=True)
+    unit = centres / np.where(length > 0, length, np.inf)
+    return unit @ unit.T
+
+
+def similarity_kept(student: np.ndarray, teacher: np.ndarray) -> dict[str, float]:
+    """How well a student's class similarities (C, C) agree with its teacher's.
+
+    ``pearson`` and ``spearman`` are correlations over the pairs of different classes, nan where
+    one side is constant; ``frobenius`` is ‖S_t − S_s‖_F / ‖S_t‖_F of the whole matrices. Only the
+    correlations are blind to a shift or scale of all similarities.
+    Raises ValueError when the shapes differ or there are fewer than three classes.
+    """
+    if student.shape != teacher.shape or len(teacher) < 3:
+        shapes = f"student {student.shape}, teacher {teacher.shape}"
+        raise ValueError(f"needs the same three or more classes on both sides: {shapes}")
+    pairs = np.triu_indices(len(teacher), 1)
+    ours, theirs = student[pairs], teacher[pairs]
+    return {
+        "pearson": float(stats.pearsonr(ours, theirs).statistic),
+        "spearman": float(stats.spearmanr(ours, theirs).statistic),
+        "frobenius": float(np.linalg.norm(teacher - student) / np.linalg.norm(teacher)),
+    }
+
+
+def linear_cka(student, teacher) -> float:
+    """Linear centred kernel alignment of features (N, D_s) and (N, D_t) (Kornblith et al. 2019).
+
+    ‖XᵀY‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) of column-centred features: 1 for a rotated, shifted or scaled
+    copy, in [0, 1] always, nan where all rows of one are equal. Biased upwards unless N is much
+    larger than the widths, so compare it only between equal N.
+    Raises ValueError when the numbers of rows differ.
+    """
+    x, y = (_centred(np.asarray(features, dtype=float)) for features in (student, teacher))
+    if len(x) != len(y):
+        raise ValueError(f"student has {len(x)} rows, teacher {len(y)}")
+    scale = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
+    return float(np.linalg.norm(x.T @ y) ** 2 / scale) if scale else float("nan")
+
+
+def _centred(rows: np.ndarray) -> np.ndarray:
+    """Rows less their mean; what rounding leaves of a row equal to it is zero."""
+    moved = rows - rows.mean(axis=0)
+    length = np.linalg.norm(moved, axis=1, keepdims=True)
+    noise = 1e-12 * np.linalg.norm(rows, axis=1).max()
+    return np.where(length > noise, moved, 0.0)

@@ -7,13 +7,13 @@ parameters, and the cell after them stops with one sentence when something does 
 import difflib
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval, Le, Len, Lt, MinLen
-from pydantic import BaseModel, ConfigDict, ValidationError
+from annotated_types import Ge, Gt, Interval, Le, Len, MinLen
+from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationError
 
 Scale = Literal["smoke", "laptop", "paper"]
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
-Positive = Annotated[float, Gt(0), Lt(float("inf"))]
+Positive = Annotated[float, Gt(0), AllowInfNan(False)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 NotEmpty = MinLen(1)
 

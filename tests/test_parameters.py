@@ -91,7 +91,7 @@ def test_a_missing_parameter_is_named(name):
         ("temperature", True, "valid number"),
         ("temperature", 0.0, "greater than 0"),
         ("temperature", -2, "greater than 0"),
-        ("temperature", math.nan, "greater than 0"),
+        ("temperature", math.nan, "finite number"),
         ("alpha", 1.01, "less than or equal to 1"),
         ("alpha", -0.01, "greater than or equal to 0"),
         ("alpha", math.nan, "equal to"),
