@@ -96,7 +96,8 @@ def class_centres(
     A batch gives a batch's centres; a whole training set gives fixed ones.
     """
     members = F.one_hot(labels, classes).T.to(features)
-    counts = members.sum(1)  # one product in place of a loop: the same sums on every device
+    counts = members.sum(1)
+    # A product in place of a loop or of scattered sums, whose order varies on a GPU.
     return members @ features / counts.clamp(min=1)[:, None], counts > 0
 
 
@@ -105,8 +106,8 @@ class MovingCentres(torch.nn.Module):
 
     A class in the batch gets ``momentum`` · (its stored centre) + (1 − ``momentum``) · (the
     batch's), and at first sight the batch's alone. The gradient runs through the batch's part, so
-    it is smaller by 1 − ``momentum``. Returns centres (C, D) and the mask of the classes in this
-    batch; ``seen`` is the mask of all classes seen so far. Stores nothing in eval mode.
+    it is smaller by the factor 1 − ``momentum``. Returns centres (C, D) and the mask of the classes
+    in this batch; ``seen`` is the mask of all classes seen so far. Stores nothing in eval mode.
     As a part of the network that is trained, it is saved and resumed with it.
     Raises ValueError when ``momentum`` is not in [0, 1) or the features' width is not ``width``.
     """
@@ -167,19 +168,18 @@ def geometric(
 
 
 def _similarities(centres, common, similarity):
-    known, count = common[:, None], common.sum()
-    centres = torch.where(known, centres, 0)
-    moved = torch.where(known, centres - centres.sum(0) / count.clamp(min=1), 0)
+    known = common[:, None].to(centres)
+    count = known.sum()
+    moved = (centres - (known / count.clamp(min=1)).T @ centres) * known
     # What rounding leaves of a centre at the mean is noise, and dividing by it would blow it up.
     noise = 100 * torch.finfo(centres.dtype).eps * centres.norm(dim=1).max()
-    moved = torch.where(moved.norm(dim=1, keepdim=True) > noise, moved, 0)
     if similarity == "cosine":
-        moved = _unit(moved)
+        moved = moved / _nonzero(moved.norm(dim=1, keepdim=True), noise)
         return moved @ moved.T
     lengths = moved.square().sum(1)
     squares = lengths + lengths[:, None] - 2 * moved @ moved.T
     mean = 2 * lengths.sum() / (count - 1).clamp(min=1)  # of the squares, over pairs of classes
-    return torch.exp(-squares / (2 * _nonzero(mean)))
+    return torch.exp(-squares / (2 * _nonzero(mean, noise**2)))
 
 
 class FeatureKD(torch.nn.Module):
@@ -276,9 +276,9 @@ def _unit(vectors):
     return vectors / _nonzero(vectors.norm(dim=-1, keepdim=True))
 
 
-def _nonzero(divisor):
-    """Infinity in place of 0, so that 0 / 0 is 0 and so is its gradient."""
-    return divisor.masked_fill(divisor == 0, torch.inf)
+def _nonzero(divisor, noise=0.0):
+    """Infinity in place of 0, or of ``noise`` and less: the quotient and its gradient are 0."""
+    return divisor.masked_fill(divisor <= noise, torch.inf)
 
 
 def _same_rows(student, teacher):
@@ -345,7 +345,7 @@ class VID(torch.nn.Module):
 
     @property
     def variance(self) -> torch.Tensor:
-        """σ² of all pairs' channels, end to end in the order (i, j) = (0, 0), (0, 1), …"""
+        """σ² of the channels of the pairs whose λ is above 0, end to end, in rows of λ."""
         return F.softplus(self.alpha) + self.FLOOR
 
     def forward(self, student: dict, teacher: dict) -> torch.Tensor:
@@ -437,14 +437,15 @@ def _lambda(weights, rows, columns):
     """λ as a tensor of its own, checked; None is the identity."""
     if weights is None and rows != columns:
         raise ValueError(f"without λ, {rows} teacher layers cannot pair {columns} student layers")
-    weights = torch.eye(rows) if weights is None else torch.as_tensor(weights).detach().clone()
+    weights = torch.eye(rows) if weights is None else torch.as_tensor(weights)
+    weights = weights.detach().float().clone()
     if weights.shape != (rows, columns):
         raise ValueError(
             f"λ is {tuple(weights.shape)}; it must be {(rows, columns)}: teacher × student layers"
         )
     wrong = weights[~((weights >= 0) & weights.isfinite())]
     if len(wrong):
-        raise ValueError(f"λ holds {float(wrong[0])}; its entries must be finite and not negative")
+        raise ValueError(f"λ holds {float(wrong[0]):g}; all must be finite and not negative")
     if not weights.any():
         raise ValueError("λ is all zero; at least one pair of layers must count")
-    return weights.float()
+    return weights

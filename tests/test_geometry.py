@@ -336,7 +336,7 @@ def slow_rkd_distance(student, teacher):
 def slow_rkd_angle(student, teacher):
     def cosine(x, i, j, k):
         a, b = x[i] - x[j], x[k] - x[j]
-        return (a @ b) / (math.hypot(*a) * math.hypot(*b))
+        return (a @ b) / (math.hypot(*a) * math.hypot(*b) or 1)  # 0 where two pictures coincide
 
     triples = list(itertools.permutations(range(len(student)), 3))
     return np.mean([huber(cosine(student, *t) - cosine(teacher, *t)) for t in triples])
@@ -367,6 +367,14 @@ def test_a_relation_is_its_slow_loop_for_any_two_widths(term, seed, rows, width,
     student, teacher = features(seed, rows, width), features(seed + 1, rows, other)
     expected = globals()[f"slow_{term.__name__}"](student, teacher)
     assert number(term, student, teacher) == pytest.approx(expected, rel=1e-9, abs=1e-14)
+
+
+@pytest.mark.parametrize("term", [losses.rkd_distance, losses.rkd_angle])
+def test_pictures_that_coincide_for_the_student_count_as_pairs_and_triples_do(term):
+    student, teacher = features(rows=5), features(1, rows=5)
+    student[3] = student[0]
+    expected = globals()[f"slow_{term.__name__}"](student, teacher)
+    assert number(term, student, teacher) == pytest.approx(expected, rel=1e-12)
 
 
 @related
