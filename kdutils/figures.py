@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import MaxNLocator
 
 from kdutils.verdicts import interval
 
@@ -23,6 +24,7 @@ def lines(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
     sns.lineplot(**common, units="seed", estimator=None, linewidth=0.8, alpha=0.45, legend=False)
     sns.lineplot(**common, errorbar=None, linewidth=2.4, marker="o", markersize=5)
     ax.legend(title=None, frameon=False)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     return ax
 
 
