@@ -31,7 +31,8 @@ def lines(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
 def means(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = None) -> plt.Axes:
     """Every seed as a small point, and per group the mean with its 95 % interval over seeds."""
     ax = ax or plt.subplots()[1]
-    common = {"data": frame, "x": x, "y": y, "hue": hue, "dodge": 0.4, "ax": ax}
+    common = {"data": frame, "x": x, "y": y, "hue": hue, "ax": ax}
+    common["dodge"] = 0.4 if frame[hue].nunique() > 1 else False
     sns.stripplot(**common, size=4, alpha=0.5, jitter=False, legend=False)
     sns.pointplot(**common, errorbar=_span, linestyle="none", capsize=0.08, markersize=7)
     ax.legend(title=None, frameon=False)

@@ -131,10 +131,14 @@ class Record:
         return self.content["results"]
 
     def rows(self) -> list[dict]:
-        """One row an epoch (one in all where there is no history)."""
+        """One row an epoch (one in all where there is no history).
+
+        A run's argument wins over an entry of the history that has its name (a first learning rate
+        over that of the epoch).
+        """
         rest = {k: v for k, v in self.results.items() if k != "history"}
         common = {**self.arguments, **rest, "key": self.content["key"]}
-        return [{**common, **row} for row in self.results.get("history", [{}])]
+        return [{**row, **common} for row in self.results.get("history", [{}])]
 
     def summary(self) -> dict:
         made = self.content["made"]

@@ -150,6 +150,17 @@ def test_a_full_disk_leaves_no_record_and_the_next_try_succeeds(monkeypatch):
     assert network(seed=0).content["status"] == "done"
 
 
+def test_an_argument_wins_over_an_entry_of_the_history_with_its_name():
+    study = Study("names", scale="laptop", engine="serial")
+
+    @study.run
+    def falling(run, lr):
+        return {"history": [{"epoch": k, "lr": lr / 10**k, "seconds": 0.0} for k in (1, 2)]}
+
+    frame = study.map(falling, grid(lr=[0.1, 0.2]))
+    assert frame.groupby("epoch").lr.apply(list).tolist() == [[0.1, 0.2], [0.1, 0.2]]
+
+
 # Interruption, company
 
 
