@@ -39,6 +39,11 @@ def means(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
     return ax
 
 
+def label(ax: plt.Axes, x: str, y: str) -> None:
+    """Name the axes; returns nothing, so that a cell that ends with it shows the figure alone."""
+    ax.set(xlabel=x, ylabel=y)
+
+
 def _span(values) -> tuple[float, float]:
     found = interval(values)
     return found.low, found.high

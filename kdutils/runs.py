@@ -43,7 +43,8 @@ class Study:
     ``engine`` says where :meth:`map` computes: ``serial``, ``processes``, ``dask`` (a cluster of
     this machine's cores) or the address of a Dask scheduler. Every run uses ``threads`` threads,
     wherever it is computed, because the last bits of a result depend on their number.
-    With ``train=False`` only what has a record is returned. ``smoke`` reads no records: it trains.
+    With ``train=False`` only published records are read, so that the same is shown on every
+    machine. ``smoke`` reads no records: it trains.
     """
 
     def __init__(self, name: str, *, scale: str, engine="processes", threads=1, train=True):
@@ -196,9 +197,12 @@ class RunFunction:
         return self.study.folder / f"{self.name}-{self.key(arguments)}"
 
     def find(self, arguments: dict) -> Record | None:
-        """The record of this run, from this machine or published; None where there is none."""
+        """The record of this run, from this machine or published; None where there is none.
+
+        A study that does not train looks at published ones alone.
+        """
         folder = self.folder(arguments)
-        places = [folder / "record.json"]
+        places = [folder / "record.json"] if self.study.train else []
         if self.study.published:
             places.append(self.study.published / f"{folder.name}.json")
         for place in places:
