@@ -2,6 +2,7 @@
 
 import linecache
 import os
+import tempfile
 from html import escape
 from pathlib import Path
 
@@ -24,7 +25,7 @@ class NotebookFailed(RuntimeError):
 
 def studies() -> dict[str, Path]:
     """Names of the studies, with their notebooks (``notebooks/<number>-<name>.ipynb``)."""
-    found = sorted(FOLDER.glob("[0-9]-*.ipynb"))
+    found = sorted(FOLDER.glob("[0-9]*-*.ipynb"))
     return {path.stem.partition("-")[2]: path for path in found}
 
 
@@ -57,7 +58,9 @@ def run(study: str, given: dict, output: Path) -> Path:
         """Talks to its kernel through files, which needs no network, not even this machine's."""
 
         def __init__(self, **options):
-            super().__init__(**options | ({"transport": "ipc"} if os.name == "posix" else {}))
+            if os.name == "posix":  # in a folder of its own: paths of sockets must be short
+                options |= {"transport": "ipc", "ip": f"{tempfile.mkdtemp(prefix='kd')}/k"}
+            super().__init__(**options)
 
     path = find(study)
     known = list(papermill.inspect_notebook(path))
@@ -129,11 +132,12 @@ def judged(study: str, scale: str, found: dict[str, Verdict]) -> None:
     if set(found) != set(table.id):
         odd = ", ".join(sorted(set(found) ^ set(table.id)))
         raise ValueError(f"the claims of {study} and the verdicts given differ in {odd}")
+    claims = table.to_dict("records")
     rows = [
-        {"id": name, "scale": scale if verdict.verdict else None, **verdict.as_dict()}
-        for name, verdict in found.items()
+        {"id": name, "scale": scale if found[name].verdict else None, **found[name].as_dict()}
+        for name in table.id
     ]
-    shown = [row | claim for row, claim in zip(rows, table.to_dict("records"), strict=True)]
+    shown = [row | claim for row, claim in zip(rows, claims, strict=True)]
     text = "\n".join(f"{name} {v.verdict or 'no record yet'} {v}" for name, v in found.items())
     display({"text/html": claims_html(shown), "text/plain": text, CLAIMS: rows}, raw=True)
 

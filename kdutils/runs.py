@@ -156,17 +156,13 @@ class Record:
 
     def weights(self, name: str) -> Path:
         """The file of weights ``name``, e.g. ``e6``. What is gone or damaged is trained again."""
-        path = self.folder / f"{name}.safetensors"
-        expected = self.content["weights"].get(path.name)
-        if expected is None:
+        file = f"{name}.safetensors"
+        if file not in self.content["weights"]:
             raise KeyError(f"run {self.content['key']} kept no weights {name!r}")
-        if path.exists() and files.sha256(path) != expected:
-            own = records.read(self.folder / "record.json")
-            if own is None or own["weights"].get(path.name) != files.sha256(path):
-                files.set_aside(path, "its SHA-256 is not the record's")
-        if not path.exists():
-            self.run.compute(self.arguments, anew=True)
-        return path
+        made = self.run.compute(self.arguments, needs=file)
+        if made.content["status"] == "failed":
+            raise RunFailed(_failure(made))
+        return made.folder / file
 
 
 class RunFunction:
@@ -218,19 +214,22 @@ class RunFunction:
             raise RunFailed(_failure(record))
         return record
 
-    def compute(self, arguments: dict, anew: bool = False) -> Record:
-        """Compute the run here. With ``anew``, also if it has a record but lost its weights.
+    def compute(self, arguments: dict, needs: str = "record.json") -> Record:
+        """Compute the run here, unless this machine has its record and the file it ``needs``.
 
-        A lock makes a second process that wants the same run wait for the first one's result.
+        A lock makes a second process that wants the same run wait for the first one's result;
+        what is sound is decided under it, and by this machine's own record alone.
         """
         from filelock import FileLock
 
         folder = self.folder(arguments)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
-            content = records.read(folder / "record.json")
-            complete = content and all((folder / w).exists() for w in content["weights"])
-            if not content or (anew and not complete):
+            content, path = records.read(folder / "record.json"), folder / needs
+            expected = content["weights"].get(needs) if content else None
+            if expected and path.exists() and files.sha256(path) != expected:
+                files.set_aside(path, "its SHA-256 is not the record's")
+            if not content or not path.exists():
                 content = self._execute(arguments, folder)
         return Record(content, folder, self)
 
@@ -265,8 +264,8 @@ class RunFunction:
         finally:
             described = train.device_description()
             torch.set_num_threads(threads)
-        (folder / "state.safetensors").unlink(missing_ok=True)
-        kept = sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("outputs-"))
+        every = sorted(folder.glob("*.safetensors"))
+        kept = [p for p in every if not p.name.startswith(("outputs-", "state."))]
         wall = time.perf_counter() - started
         history = results.get("history", [])
         content["results"] = results
@@ -280,6 +279,7 @@ class RunFunction:
             "data": records.data_named_in(bound),
         }
         files.write(folder / "record.json", json.dumps(content, indent=1, allow_nan=False))
+        (folder / "state.safetensors").unlink(missing_ok=True)  # not before the record is safe
         return content
 
 
