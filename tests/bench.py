@@ -181,12 +181,11 @@ def processes(steps: int, rounds: int) -> list[tuple[float, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
-    parser.add_argument("--threads", type=int, help="threads to train with (default: PyTorch's)")
+    parser.add_argument("--threads", type=int, default=1, help="default: 1, as a study's runs")
     parser.add_argument("--processes", action="store_true", help="also 2 × 1 against 1 × 2 threads")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads)
     if options.worker:
         worker(options.worker)
         return 0
