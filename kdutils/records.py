@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import textwrap
 import types
 from collections.abc import Callable, Iterable
@@ -18,7 +19,7 @@ from kdutils import data, files
 
 PROJECT = Path(__file__).parent.parent
 SOURCE_ROOMS = ("data", "losses", "metrics", "models", "train")
-VERSIONS = ("kdutils", "lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
+VERSIONS = ("lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
 
 
 def published_folder() -> Path:
@@ -70,8 +71,10 @@ def compare(old: dict, new: dict) -> tuple[bool, str]:
     Made by the same processor, threads, precision and versions, they must be equal, times aside;
     otherwise the accuracies of the last epoch may differ by 0.03.
     """
-    same = ("device", "processor", "precision", "threads", "versions")
-    if all(old["made"][k] == new["made"][k] for k in same):
+    same = ("device", "processor", "precision", "threads")
+    versions = [record["made"]["versions"] for record in (old, new)]
+    alike = all(old["made"][k] == new["made"][k] for k in same)
+    if alike and all(versions[0].get(k) == versions[1].get(k) for k in VERSIONS):
         if timeless(old) == timeless(new):
             return True, "the same numbers and weights, bit for bit"
         return False, "NOT the same numbers, though processor, threads and versions are"
@@ -92,15 +95,20 @@ def timeless(content: dict) -> dict:
     return kept | {"results": results}
 
 
-def made_by(described: dict) -> dict:
-    """Where and with what a run is computed; ``described`` is device, precision and threads."""
+def made_with(described: dict) -> dict:
+    """What the bits of a result depend on; ``described`` is device, precision and threads."""
     return {
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         **described,
         "processor": _processor(),
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
     }
+
+
+def peak_memory_mb() -> int:
+    """The most memory this process has held, in MB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kB, but bytes on macOS
+    return peak // (1024**2 if sys.platform == "darwin" else 1024)
 
 
 def data_named_in(arguments: dict) -> dict:
@@ -125,19 +133,27 @@ def source_hash(function: Callable) -> str:
             rooms |= {name: node for name in names if name}
     while waiting:
         node = _without_docstrings(waiting.pop())
-        reached[ast.dump(node)] = None
+        reached[_shape(node)] = None
         for name in _names(node):
             other = function.__globals__.get(name)
             other = getattr(other, "function", other)  # a run stands for its function
             own = isinstance(other, types.FunctionType) and other.__module__ == function.__module__
             for found in (_definition(other) if own else None, rooms.get(name)):
-                if found is not None and ast.dump(_without_docstrings(found)) not in reached:
+                if found is not None and _shape(_without_docstrings(found)) not in reached:
                     waiting.append(found)
     return hashlib.sha256("\n".join(sorted(reached)).encode()).hexdigest()
 
 
 def _definition(function: Callable) -> ast.AST:
     return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+
+
+def _shape(part) -> str:
+    """A tree as text, as ``ast.dump`` gives it, but the same in every Python."""
+    if isinstance(part, ast.AST):
+        fields = [f"{k}={_shape(v)}" for k, v in ast.iter_fields(part) if v is not None and v != []]
+        return f"{type(part).__name__}({', '.join(fields)})"
+    return f"[{', '.join(map(_shape, part))}]" if isinstance(part, list) else repr(part)
 
 
 def _target(node: ast.AST) -> str | None:

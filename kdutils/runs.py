@@ -238,14 +238,15 @@ class RunFunction:
 
         from kdutils import train
 
-        made_by = folder / "source"
-        if made_by.exists() and made_by.read_text() != self.source:
-            for path in folder.glob("*.safetensors"):  # begun by other source: begin again
-                path.unlink()
-        files.write(made_by, self.source)
         bound = self.bind(arguments)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.study.threads)
+        made_with = records.made_with(train.device_description()) | {"source": self.source}
+        text, begun_with = json.dumps(made_with, indent=1), folder / "made_with.json"
+        if begun_with.exists() and begun_with.read_text() != text:
+            for path in folder.glob("*.safetensors"):  # other bits would follow: begin again
+                path.unlink()
+        files.write(begun_with, text)
         started, begun = time.perf_counter(), datetime.now(UTC)
         content = {
             "study": self.study.name,
@@ -262,7 +263,6 @@ class RunFunction:
             results = {"error": str(error), "epoch": error.epoch, "step": error.step}
             content["status"] = "failed"
         finally:
-            described = train.device_description()
             torch.set_num_threads(threads)
         every = sorted(folder.glob("*.safetensors"))
         kept = [p for p in every if not p.name.startswith(("outputs-", "state."))]
@@ -273,9 +273,9 @@ class RunFunction:
         content["made"] = {
             "begun": begun.isoformat(timespec="seconds"),
             "seconds": round(sum(r["seconds"] for r in history) if history else wall, 1),
-            **records.made_by(described),
+            "peak_memory_mb": records.peak_memory_mb(),
+            **made_with,
             "commit": self.study.commit,
-            "source": self.source,
             "data": records.data_named_in(bound),
         }
         files.write(folder / "record.json", json.dumps(content, indent=1, allow_nan=False))

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterable
@@ -20,14 +21,14 @@ from kdutils.data import Batch, Batches
 
 
 class Diverged(RuntimeError):
-    """The loss was not a finite number; ``epoch`` and ``step`` (both from 1) say where."""
+    """A number was not finite; ``epoch`` and ``step`` (both from 1) say where, ``what`` which."""
 
-    def __init__(self, epoch: int, step: int):
-        super().__init__(f"the loss is not finite in epoch {epoch}, step {step}")
-        self.epoch, self.step = epoch, step
+    def __init__(self, epoch: int, step: int, what: str = "loss"):
+        super().__init__(f"the {what} is not finite in epoch {epoch}, step {step}")
+        self.epoch, self.step, self.what = epoch, step, what
 
-    def __reduce__(self):  # an exception of two arguments must say how it crosses processes
-        return Diverged, (self.epoch, self.step)
+    def __reduce__(self):  # an exception of three arguments must say how it crosses processes
+        return Diverged, (self.epoch, self.step, self.what)
 
 
 @cache
@@ -72,7 +73,8 @@ def fit(
     row keeps beside epoch, loss, lr and seconds. With a ``folder``, the state is kept there after
     every epoch, and a call that finds it goes on from there to the same bits; the weights after
     each epoch k in ``snapshots`` are kept as ``e<k>.safetensors``. ``progress`` wraps the epochs.
-    Raises :class:`Diverged` after the first epoch that has a loss which is not finite.
+    Raises :class:`Diverged` after the first epoch with a loss or a measured number that is not
+    finite.
     """
     model, steps = fabric().setup(network, optimizer)
     history = _resume(network, optimizer, schedule, folder, snapshots) if folder else []
@@ -94,7 +96,11 @@ def fit(
         if schedule:
             schedule.step()
         if measure:
-            row |= measure(model)
+            found = measure(model)
+            for name, value in found.items():
+                if not math.isfinite(value):
+                    raise Diverged(epoch, len(batches), name)
+            row |= found
         history.append(row | {"seconds": round(time.perf_counter() - started, 3)})
         if folder:
             if epoch in snapshots:

@@ -74,7 +74,7 @@ def full_and_cut(name, size, stem="imagenet"):
     else:
         full = models._resnet(name, 10, stem).double()
     cut = copy.deepcopy(full)
-    models.drop_idle_taps(cut.float(), size)  # it measures with single-precision images
+    models.fit_to_size(cut.float(), size)  # it measures with single-precision images
     return full, cut.double()
 
 
@@ -159,7 +159,7 @@ def test_cutting_leaves_mode_and_batch_statistics_alone():
     torch.manual_seed(0)
     network = models._resnet("resnet10", 10, "imagenet").train()
     before = {name: value.clone() for name, value in network.named_buffers()}
-    models.drop_idle_taps(network, 32)
+    models.fit_to_size(network, 32)
     assert all(module.training for module in network.modules())
     assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
 

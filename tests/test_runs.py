@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch as st
+from safetensors import safe_open
 from tiny import tiny_study
 
 from kdutils import files, records, runs
@@ -188,15 +190,22 @@ def test_two_processes_that_want_one_run_share_one_result(folders):
     assert started(path.parent) == 1
 
 
-def test_a_run_begun_by_other_source_begins_again(folders):
+@pytest.mark.parametrize("changed", ["source", "precision", "versions"])
+def test_a_run_begun_by_other_source_or_otherwise_begins_again(folders, changed):
     killed = train_in_a_process(folders / "runs", kill_at=45)
     assert killed.wait() == -signal.SIGKILL
     (state,) = (folders / "runs").rglob("state.safetensors")
-    (state.parent / "source").write_text("an earlier source")
+    with safe_open(state, framework="pt") as file:
+        rest = file.metadata()["rest"].replace('"lr": 0.1', '"lr": 777')
+        st.save_file({k: file.get_tensor(k) for k in file.keys()}, state, {"rest": rest})  # noqa: SIM118
+    begun_with = state.parent / "made_with.json"
+    made_with = json.loads(begun_with.read_text())
+    begun_with.write_text(json.dumps(made_with | {changed: "another"}, indent=1))
     assert train_in_a_process(folders / "runs").wait() == 0
     (path,) = (folders / "runs").rglob("record.json")
-    assert len(json.loads(path.read_text())["results"]["history"]) == 3
-    assert "earlier" not in (path.parent / "source").read_text()
+    rates = [row["lr"] for row in json.loads(path.read_text())["results"]["history"]]
+    assert rates == pytest.approx([0.1, 0.01, 0.001])
+    assert json.loads(begun_with.read_text()) == made_with
 
 
 # Fan-out
@@ -319,6 +328,11 @@ def _hash(tmp_path, text):
     names = {"__name__": "some_notebook"}
     exec(compile(text, str(path), "exec"), names)
     return records.source_hash(names["f"])
+
+
+def test_source_hash_is_the_same_in_every_python(tmp_path):
+    text = 'def f(run, a=None, *, b=1):\n    return {"x": [a, -b, *()], f"{a!r:>3}": not a}\n'
+    assert _hash(tmp_path, text).startswith("8937d33aba7dd2df")
 
 
 def test_source_hash_ignores_comments_and_docstrings_but_no_code(tmp_path):

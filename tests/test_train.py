@@ -1,5 +1,7 @@
 """The loop: resume, snapshots, faults, stored outputs."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,14 @@ def test_a_loss_that_is_not_finite_stops_and_says_where():
     with pytest.raises(train.Diverged, match="epoch 2, step 3") as caught:
         fit(None, 3, loss=loss)
     assert (caught.value.epoch, caught.value.step) == (2, 3)
+
+
+def test_a_measured_number_that_is_not_finite_stops_and_is_named():
+    with pytest.raises(
+        train.Diverged, match="test_loss is not finite in epoch 1, step 7"
+    ) as caught:
+        fit(None, 3, measure=lambda model: {"test_loss": float("inf")})
+    assert pickle.loads(pickle.dumps(caught.value)).what == "test_loss"
 
 
 def test_a_failed_write_leaves_the_previous_state(tmp_path, monkeypatch):
