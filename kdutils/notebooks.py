@@ -52,15 +52,6 @@ def run(study: str, given: dict, output: Path) -> Path:
     Names of parameters are checked before a kernel starts, values by the notebook's second cell.
     """
     import papermill
-    from jupyter_client.manager import AsyncKernelManager
-
-    class LocalKernel(AsyncKernelManager):
-        """Talks to its kernel through files, which needs no network, not even this machine's."""
-
-        def __init__(self, **options):
-            if os.name == "posix":  # in a folder of its own: paths of sockets must be short
-                options |= {"transport": "ipc", "ip": f"{tempfile.mkdtemp(prefix='kd')}/k"}
-            super().__init__(**options)
 
     path = find(study)
     known = list(papermill.inspect_notebook(path))
@@ -70,31 +61,57 @@ def run(study: str, given: dict, output: Path) -> Path:
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         papermill.execute_notebook(
-            path, output, given, cwd=PROJECT, kernel_manager_class=LocalKernel
+            path, output, given, cwd=PROJECT, kernel_manager_class=_local_kernel()
         )
     except papermill.PapermillExecutionError as error:
         raise NotebookFailed(f"{error.ename}: {error.evalue} (see {output})") from None
     return output
 
 
+def _local_kernel() -> type:
+    """A kernel spoken to through files, which needs no network, not even this machine's."""
+    from jupyter_client.manager import AsyncKernelManager
+
+    class LocalKernel(AsyncKernelManager):
+        def __init__(self, **options):
+            if os.name == "posix":  # in a folder of its own: paths of sockets must be short
+                options |= {"transport": "ipc", "ip": f"{tempfile.mkdtemp(prefix='kd')}/k"}
+            super().__init__(**options)
+
+    return LocalKernel
+
+
 def sync(study: str = "") -> list[Path]:
     """Carry the edited ``.md`` of a study (of all notebooks) over to its ``.ipynb`` and run it.
 
-    What the notebook shows then follows from its source and from published records.
+    What the notebook shows then follows from its source and from published records. A new study's
+    ``.ipynb`` is made. When a cell fails, the old ``.ipynb`` stays and :class:`NotebookFailed` says
+    which error it was.
     """
     import jupytext
     import nbformat
     from jupytext.combine import combine_inputs_with_outputs
     from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
 
-    paths = [find(study)] if study else [p.with_suffix(".ipynb") for p in FOLDER.glob("*.md")]
-    for path in sorted(paths):
+    sources = sorted(FOLDER.glob(f"[0-9]*-{study}.md" if study else "*.md"))
+    paths = [path.with_suffix(".ipynb") for path in sources] or [find(study)]
+    for path in paths:
         notebook = jupytext.read(path.with_suffix(".md"))
         if path.exists():  # cells that stay keep their ids
             old = nbformat.read(path, as_version=4)
             notebook = combine_inputs_with_outputs(notebook, old, fmt="ipynb")
-        where = {"metadata": {"path": str(FOLDER)}}
-        NotebookClient(notebook, record_timing=False, resources=where).execute()
+        client = NotebookClient(
+            notebook,
+            record_timing=False,
+            resources={"metadata": {"path": str(FOLDER)}},
+            kernel_manager_class=_local_kernel(),
+        )
+        try:
+            client.execute()
+        except CellExecutionError as error:
+            text = f"{path.with_suffix('.md').name}: {error.ename}: {error.evalue}"
+            raise NotebookFailed(text) from None
         files.write(path, nbformat.writes(notebook) + "\n")
     return paths
 

@@ -8,7 +8,7 @@ import difflib
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval, Le, Len, MinLen
-from pydantic import AllowInfNan, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, AllowInfNan, BaseModel, ConfigDict, ValidationError
 
 Scale = Literal["smoke", "laptop", "paper"]
 Count = Annotated[int, Ge(1)]
@@ -18,13 +18,35 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 NotEmpty = MinLen(1)
 
 
+def _engine(value: str) -> str:
+    if value not in ("serial", "processes", "dask") and "://" not in value:
+        raise ValueError("it must be serial, processes, dask or the address of a Dask scheduler")
+    return value
+
+
+def _distinct(values: list) -> list:
+    if len({repr(value) for value in values}) < len(values):
+        raise ValueError("its values must differ from one another")
+    return values
+
+
+def _rising(values: list) -> list:
+    if sorted(set(values)) != values:
+        raise ValueError("its values must rise")
+    return values
+
+
+Engine = Annotated[str, AfterValidator(_engine)]
+Distinct, Rising = AfterValidator(_distinct), AfterValidator(_rising)
+
+
 def Length(n: int) -> Len:
     """A list of exactly ``n``."""
     return Len(n, n)
 
 
-__all__ = ["Count", "Ge", "Le", "Length", "NotEmpty", "Parameters", "Positive", "Scale"]
-__all__ += ["Share", "Whole"]
+__all__ = ["Count", "Distinct", "Engine", "Ge", "Le", "Length", "NotEmpty", "Parameters"]
+__all__ += ["Positive", "Rising", "Scale", "Share", "Whole"]
 
 
 class ParameterError(ValueError):
@@ -80,5 +102,6 @@ def _sentence(errors: list[dict], known: list[str]) -> str:
     if first["type"] == "missing":
         return f"parameter {name!r} is missing."
     place = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-    problem = first["msg"][0].lower() + first["msg"][1:]
+    problem = first["msg"].removeprefix("Value error, ")
+    problem = problem[0].lower() + problem[1:]
     return f"parameter {name}{place} is {first['input']!r}: {problem}."

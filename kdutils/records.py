@@ -68,21 +68,24 @@ def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Pat
 def compare(old: dict, new: dict) -> tuple[bool, str]:
     """Whether a record made anew agrees with the old one, and a sentence saying how.
 
-    Made by the same processor, threads, precision and versions, they must be equal, times aside;
-    otherwise the accuracies of the last epoch may differ by 0.03.
+    Made by the same source, processor, threads, precision and versions, they must be equal, times
+    aside; otherwise the accuracies of the last epoch may differ by 0.03.
     """
-    same = ("device", "processor", "precision", "threads")
+    conditions = ("source", "device", "processor", "precision", "threads")
+    differ = [k for k in conditions if old["made"][k] != new["made"][k]]
     versions = [record["made"]["versions"] for record in (old, new)]
-    alike = all(old["made"][k] == new["made"][k] for k in same)
-    if alike and all(versions[0].get(k) == versions[1].get(k) for k in VERSIONS):
+    differ += [k for k in VERSIONS if versions[0].get(k) != versions[1].get(k)]
+    if not differ:
         if timeless(old) == timeless(new):
             return True, "the same numbers and weights, bit for bit"
-        return False, "NOT the same numbers, though processor, threads and versions are"
-    last = [c["results"].get("history", [c["results"]])[-1] for c in (old, new)]
+        return False, "NOT the same numbers, though source, processor, threads and versions are"
+    last = [(c["results"].get("history") or [c["results"]])[-1] for c in (old, new)]
     gaps = {k: abs(v - last[1].get(k, float("inf"))) for k, v in last[0].items() if "accuracy" in k}
-    largest = max(gaps.values(), default=0.0)
-    text = f"made elsewhere or with other versions; accuracies differ by at most {largest:.4f}"
-    return largest <= 0.03, text
+    other = f"made with another {', '.join(differ)}"
+    if not gaps:
+        return False, f"{other}; it holds no accuracy by which to compare"
+    largest = max(gaps.values())
+    return largest <= 0.03, f"{other}; accuracies differ by at most {largest:.4f}"
 
 
 def timeless(content: dict) -> dict:
@@ -194,7 +197,7 @@ def commit() -> str:
 
 
 def _processor() -> str:
-    try:
+    try:  # where /proc says, it says more than Python does; on ARM it does not
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):

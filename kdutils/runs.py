@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -53,7 +52,7 @@ class Study:
         self.records: list[Record] = []
         self.commit = records.commit()
         self._scratch = tempfile.TemporaryDirectory() if scale == "smoke" else None
-        self.folder = Path(self._scratch.name) if self._scratch else records.runs_folder() / name
+        self.folder = Path(self._scratch.name) if self._scratch else self._own_folder()
         self.published = None if self._scratch else records.published_folder() / name
 
     def run(self, function: Callable | None = None, *, version: int = 1):
@@ -102,9 +101,18 @@ class Study:
         )
         return sums.reset_index()
 
+    def _own_folder(self) -> Path:
+        return records.runs_folder() / self.name
+
     def __getstate__(self):
         """What a worker needs; the scratch folder stays with the study that made it."""
-        return self.__dict__ | {"_scratch": None, "records": []}
+        folder = None if self.folder == self._own_folder() else self.folder
+        return self.__dict__ | {"_scratch": None, "records": [], "folder": folder}
+
+    def __setstate__(self, state):
+        """On a worker, whose disk may be its own: so is the folder of its runs."""
+        self.__dict__ |= state
+        self.folder = self.folder or self._own_folder()
 
 
 @dataclass
@@ -297,13 +305,21 @@ def _announce(study: Study, run: RunFunction, missing: list[dict]) -> None:
     contents = [c for c in map(records.read, [*like, *shared]) if c and c["scale"] == study.scale]
     known = [c["made"]["seconds"] for c in contents]
     if known:
-        hours = sum(known) / len(known) * len(missing) / _workers(study) / 3600
-        text += f", about {hours * 60:.0f} minutes (as its {len(known)} records say)"
+        minutes = sum(known) / len(known) * len(missing) / 60
+        side_by_side = "" if "://" in study.engine else f" {_workers(study)} at a time,"
+        minutes /= 1 if "://" in study.engine else _workers(study)
+        text += f",{side_by_side} about {minutes:.0f} minutes (as its {len(known)} records say)"
     print(text)
 
 
 def _workers(study: Study) -> int:
-    return 1 if study.engine == "serial" else max(1, (os.cpu_count() or 1) // study.threads)
+    """How many runs this machine computes side by side."""
+    import joblib
+    import torch
+
+    if study.engine == "serial":
+        return 1
+    return torch.cuda.device_count() or max(1, joblib.cpu_count() // study.threads)
 
 
 def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Record]:

@@ -89,14 +89,18 @@ def verdict(values: Sequence[float], test: str = "> 0") -> Verdict:
 
 
 def verdict_every_seed(values: Sequence[float], test: str = "< 0") -> Verdict:
-    """Judge the claim that every seed's value passes ``test``: replicated if all do, else not."""
+    """Judge the claim that every seed's value passes ``test``: replicated if all do, else not.
+
+    Its ``low`` and ``high`` are the smallest and the largest value, since a claim about every seed
+    is not one about their mean.
+    """
     side, bound = _parse(test)
     found = interval(values)
     if found.n < 2:
         return NO_RECORD
     passed = all(side * (value - bound) > 0 for value in values)
     word = REPLICATED if passed else NOT_REPLICATED
-    return Verdict(found.mean, found.low, found.high, found.n, word)
+    return Verdict(found.mean, min(values), max(values), found.n, word)
 
 
 def verdict_not_worse(values: Sequence[float], bound: float) -> Verdict:

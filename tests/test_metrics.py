@@ -198,7 +198,7 @@ def test_fewer_than_two_seeds_give_no_verdict(x):
 @pytest.mark.parametrize(
     ("x", "test", "word"),
     [
-        ([-0.1, -9.0, -0.2], "< 0", REPLICATED),  # all pass, though their interval contains 0
+        ([-0.1, -9.0, -0.2], "< 0", REPLICATED),  # all pass, though the mean's interval contains 0
         ([-0.1, -9.0, 0.01], "< 0", NOT_REPLICATED),
         ([-0.1, -9.0, 0.0], "< 0", NOT_REPLICATED),
         ([0.2, 0.3], "> 0.1", REPLICATED),
@@ -209,6 +209,7 @@ def test_every_seed_must_pass(x, test, word):
     found = verdicts.verdict_every_seed(x, test)
     assert found.verdict == word
     assert (found.estimate, found.seeds) == (pytest.approx(np.mean(x)), len(x))
+    assert (found.low, found.high) == (min(x), max(x))
 
 
 @pytest.mark.parametrize(

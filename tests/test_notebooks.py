@@ -66,7 +66,25 @@ BAD = {
     "dataset=cifar1000": r"parameter dataset is 'cifar1000': input should be 'cifar10'",
     "seeds=[0, -1]": r"parameter seeds\[1\] is -1",
     "snapshots=[1, 2, 3, 40]": r"must not exceed epochs = 4",
+    "snapshots=[1, 2, 2, 3]": r"parameter snapshots is \[1, 2, 2, 3\]: its values must rise",
+    "teachers=[resnet18]": r"parameter teachers is \['resnet18'\]: list should have at least 2",
+    "teachers=[resnet18, resnet18]": r"parameter teachers is .*: its values must differ",
+    "engine=spark": r"parameter engine is 'spark': it must be serial, processes, dask or",
 }
+
+
+def test_a_new_study_gets_its_notebook_and_a_failing_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    header = "---\nkernelspec:\n  name: python3\n---\n"
+    source = tmp_path / "9-new.md"
+    source.write_text(f"{header}\n```{{code-cell}} ipython3\nprint(6 * 7)\n```\n")
+    (made,) = notebooks.sync("new")
+    good = made.read_text()
+    assert nbformat.reads(good, as_version=4).cells[0].outputs[0].text == "42\n"
+    source.write_text(source.read_text().replace("6 * 7", "6 / 0"))
+    with pytest.raises(notebooks.NotebookFailed, match=r"9-new\.md: ZeroDivisionError"):
+        notebooks.sync("new")
+    assert made.read_text() == good
 
 
 @pytest.mark.parametrize("wrong", BAD)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -236,6 +237,15 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
     assert max(begun) > 1, "the worker was killed between runs, not midway"
 
 
+def test_a_worker_keeps_runs_where_its_own_machine_does(folders, monkeypatch):
+    study, smoke = Study("far", scale="laptop"), Study("far", scale="smoke")
+    sent = pickle.dumps([study, smoke])
+    monkeypatch.setenv("KDUTILS_RUNS", str(folders / "worker"))
+    received = pickle.loads(sent)
+    assert received[0].folder == folders / "worker" / "far"
+    assert received[1].folder == smoke.folder
+
+
 def _kill_when_busy(folder: Path, pids: list[int]):
     """Kill the worker that is in the middle of a run, once a state of it has been kept."""
     deadline = time.monotonic() + 60
@@ -301,7 +311,7 @@ def test_map_says_what_it_will_train_and_how_long_it_will_take(capsys):
     study.map(network, grid(seed=[0]))
     assert "network: 1 runs to train\n" in capsys.readouterr().out
     study.map(network, grid(seed=[0, 1, 2]))
-    assert "network: 2 runs to train, about 0 minutes (as its 1 records say)" in (
+    assert "network: 2 runs to train, 1 at a time, about 0 minutes (as its 1 records say)" in (
         capsys.readouterr().out
     )
 
@@ -313,10 +323,15 @@ def test_compare_tells_same_bits_from_close_numbers_from_neither():
     assert records.compare(old, new) == (True, "the same numbers and weights, bit for bit")
     new["results"]["history"][-1]["test_accuracy"] += 0.01
     assert not records.compare(old, new)[0]
-    new["made"]["threads"] = 2
-    assert records.compare(old, new)[0]
+    new["made"] |= {"threads": 2, "source": "another"}
+    good, sentence = records.compare(old, new)
+    assert good
+    assert sentence == "made with another source, threads; accuracies differ by at most 0.0100"
     new["results"]["history"][-1]["test_accuracy"] += 0.03
     assert not records.compare(old, new)[0]
+    new["results"] = {"history": []}
+    assert not records.compare(old, new)[0]
+    assert not records.compare(new, old)[0]
 
 
 # Source

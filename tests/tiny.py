@@ -1,7 +1,7 @@
 """A study that trains in a second or two, for tests: a small network on scikit-learn's digits.
 
-As a script: ``python tiny.py RUNS_FOLDER SEED [KILL_AT_STEP]`` trains one run and prints its
-record; with a step, the process kills itself there, as a power cut would.
+As a script: ``python tiny.py SEED`` trains one run into ``$KDUTILS_RUNS`` and prints its key; with
+``$TINY_KILL_AT`` set to a step, the process kills itself there, as a power cut would.
 """
 
 import os
