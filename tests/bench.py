@@ -129,8 +129,8 @@ def cached_teacher(steps: int, rounds: int) -> tuple[list[tuple[float, float]], 
     return pairs, all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-def idle_taps(steps: int, rounds: int) -> list[tuple[float, float]]:
-    """Bare steps of torchvision's ResNet-18 and of the same without its idle taps."""
+def fitted(steps: int, rounds: int) -> list[tuple[float, float]]:
+    """Bare steps of torchvision's ResNet-18 and of the same fitted to 32 × 32 pictures."""
     whole = models._resnet("resnet18", 10, "imagenet")
     whole = whole.to(train.fabric().device, memory_format=torch.channels_last)
     cut, preloaded = build(), list(batches(steps)(1))
@@ -211,7 +211,7 @@ def main() -> int:
     pairs, same = cached_teacher(few, rounds)
     row("ResNet-34 teaches: computed, outputs read", pairs, few, 1.4)
     print(f"    the two students are {'the same bits' if same else 'NOT the same: missed'}")
-    row("ResNet-18: torchvision's, without idle taps", idle_taps(few, rounds), few)
+    row("ResNet-18: torchvision's, fitted to 32 × 32", fitted(few, rounds), few)
     if options.processes:
         row("a batch: 1 × 2 threads, 2 × 1", processes(few, rounds), 2 * few)
     return int(missed or not same)
