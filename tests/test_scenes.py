@@ -1,0 +1,112 @@
+"""Drawn scenes: the same bytes everywhere, faces that move as their emotion says."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdutils import scenes
+from kdutils.scenes import EMOTIONS, UNITS
+
+
+def test_the_same_seeds_give_these_bytes_on_every_machine():
+    found = scenes.draw([0, 5, 11], 21, seed=3, frames=4, size=32)
+    digest = hashlib.sha256(found.clips.tobytes() + found.boxes.tobytes()).hexdigest()
+    assert digest.startswith("328fb30a8d4fccee")
+
+
+def test_a_clip_depends_on_its_own_number_alone_and_not_on_who_draws_it():
+    some = scenes.draw([4, 9], 20, seed=1, frames=3, size=24)
+    fewer = scenes.draw([4, 9], 5, seed=1, frames=3, size=24, jobs=2)
+    assert np.array_equal(some.clips[:5], fewer.clips)
+    assert np.array_equal(some.boxes[:5], fewer.boxes)
+    alone, _ = scenes.clip(9, int(some.emotions[17]), seed=1, index=17, frames=3, size=24)
+    assert np.array_equal(some.clips[17], alone)
+
+
+def test_people_and_emotions_occur_equally_often_and_together():
+    found = scenes.draw([2, 3, 8], 42, seed=0, frames=2, size=16)
+    pairs = set(zip(found.identities.tolist(), found.emotions.tolist(), strict=True))
+    assert len(pairs) == 21
+    assert np.bincount(found.emotions).tolist() == [6] * 7
+    assert {k: int((found.identities == k).sum()) for k in (2, 3, 8)} == {2: 14, 3: 14, 8: 14}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 6), st.integers(0, 999))
+def test_the_box_lies_in_the_picture_and_has_the_size_of_a_head(seed, index, emotion, identity):
+    pictures, (x, y, w, h) = scenes.clip(
+        identity, emotion, seed=seed, index=index, frames=3, size=16
+    )
+    assert pictures.shape == (3, 16, 16, 3)
+    assert pictures.dtype == np.uint8
+    assert 0 <= x - w / 2 < x + w / 2 <= 1
+    assert 0 <= y - h / 2 < y + h / 2 <= 1
+    assert 0.2 < w < 0.75
+    assert 0.35 < h < 0.75
+
+
+def test_the_box_is_where_the_head_was_drawn(monkeypatch):
+    """Without clutter, light and noise, skin and hair fill the box and little lies outside it."""
+    monkeypatch.setattr(
+        scenes, "_background", lambda canvas, take: [c.fill(0) for c in canvas.colours]
+    )
+    monkeypatch.setattr(scenes._Canvas, "finish", lambda canvas, take: None)
+    for k in range(12):
+        pictures, (x, y, w, h) = scenes.clip(k, 6, seed=2, index=k, frames=3, size=64)
+        drawn = pictures[1].max(-1) > 25
+        rows = np.arange(64)[:, None] + 0.5, np.arange(64)[None, :] + 0.5
+        inside = (abs(rows[1] / 64 - x) <= w / 2) & (abs(rows[0] / 64 - y) <= h / 2)
+        assert (drawn & inside).sum() / inside.sum() > 0.6
+        assert (drawn & ~inside).sum() / drawn.sum() < 0.35  # hair
+
+
+def moved(emotion, draws=200):
+    """Mean of each action unit at the end of many clips."""
+    ends = [scenes._units(emotion, scenes._Draws(1, k), 8) for k in range(draws)]
+    return {name: float(np.mean([units[name][-1, 0, 0] for units in ends])) for name in UNITS}
+
+
+@pytest.mark.parametrize("emotion", range(7))
+def test_every_emotion_moves_its_action_units_and_no_others(emotion):
+    ends = moved(emotion)
+    for name, (_, strengths) in UNITS.items():
+        assert ends[name] == pytest.approx(0.62 * strengths[emotion] + 0.02, abs=0.08), name
+
+
+def test_a_face_is_neutral_at_first_and_stays_so_only_when_neutral():
+    for emotion, name in enumerate(EMOTIONS):
+        units = scenes._units(emotion, scenes._Draws(1, 2), 8)
+        assert max(abs(float(units[key][0, 0, 0])) for key in UNITS) == 0
+        apex = max(float(units[key][-1, 0, 0]) for key in UNITS)
+        assert (apex < 0.15) == (name == "neutral")
+
+
+def test_no_two_emotions_are_told_by_one_unit_alone_where_the_paper_mixes_them_up():
+    shared = {name: set(np.flatnonzero(strengths)) for name, (_, strengths) in UNITS.items()}
+    disgust, anger, fear, surprise = (
+        EMOTIONS.index(name) for name in ("disgust", "anger", "fear", "surprise")
+    )
+    assert sum({disgust, anger} <= found for found in shared.values()) >= 3
+    assert sum({fear, surprise} <= found for found in shared.values()) >= 3
+
+
+def test_a_person_is_the_same_in_every_clip_and_people_differ():
+    """Colours of a person's skin, hair and eyes do not depend on the clip."""
+
+    def looks(identity):
+        person = scenes._Draws(7, identity)
+        return [float(person()) for _ in range(20)]
+
+    assert looks(3) == looks(3)
+    assert len({tuple(looks(k)) for k in range(500)}) == 500
+
+
+@pytest.mark.parametrize(
+    ("identities", "frames", "size"), [([], 8, 64), ([1], 1, 64), ([1], 8, 15)]
+)
+def test_too_little_to_draw_is_refused_in_one_sentence(identities, frames, size):
+    with pytest.raises(ValueError, match="at least one person, 2 frames and 16 pixels"):
+        scenes.draw(identities, 3, seed=0, frames=frames, size=size)
