@@ -96,7 +96,7 @@ def retrieval(features, labels) -> dict[str, float]:
     for rows in torch.arange(len(unit)).split(500):  # all cosines at once would be large
         cosines = unit[rows] @ unit.T
         cosines[torch.arange(len(rows)), rows] = -torch.inf  # nobody's own answer: ranked last
-        order = cosines.argsort(1, descending=True, stable=True)[:, :-1]
+        order = cosines.argsort(dim=1, descending=True, stable=True)[:, :-1]
         hits = (labels[order] == labels[rows, None]).float()
         asking = hits.sum(1) > 0
         precision = (hits.cumsum(1) / places * hits).sum(1) / hits.sum(1)
