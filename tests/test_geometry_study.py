@@ -342,7 +342,9 @@ WRONG = {
     "other_epochs": (2, "must differ from teacher_epochs"),
     "timed": (["resnet8-4"], "timed must hold pairs"),
     "temperature": (0, "greater than 0"),
-    "seeds": ([], "at least 1 item"),
+    "seeds": ([0, 0], "must differ from one another"),
+    "timed_batches": ([64, 32], "must rise"),
+    "engine": ("cloud", "it must be serial"),
 }
 
 
