@@ -185,7 +185,7 @@ def _similarities(centres, common, similarity):
 class FeatureKD(torch.nn.Module):
     """Feature distillation: mean squared error between the projected student and the teacher.
 
-    (Romero et al. 2015, section 2.2, with a linear regressor on pooled features.) Features
+    (After the hints of Romero et al. 2015, with a linear regressor on pooled features.) Features
     (B, ``student_width``) and (B, ``teacher_width``) to a 0-d tensor, the mean over both axes.
     ``projector`` is trained with the student, so its weights belong into the optimizer.
     Raises ValueError when the features have other widths.
@@ -205,7 +205,7 @@ class FeatureKD(torch.nn.Module):
 
 
 def rkd_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Relational distillation by distances (Park et al. 2019, section 3.2.1).
+    """Relational distillation by distances (Park et al. 2019, the distance-wise loss).
 
     Huber's loss (bend at 1) between ψ = ‖x_i − x_j‖ / μ of teacher and student, μ being a network's
     mean distance over the batch. The paper sums over pairs; this is the mean over pairs of
@@ -222,7 +222,7 @@ def rkd_distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def rkd_angle(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Relational distillation by angles (Park et al. 2019, section 3.2.2).
+    """Relational distillation by angles (Park et al. 2019, the angle-wise loss).
 
     Huber's loss (bend at 1) between the cosines of the angles that pictures i and k make at j, as
     a mean over triples of three different pictures, where the paper sums. Features (B, D) to a 0-d
@@ -241,7 +241,7 @@ def rkd_angle(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def similarity_preserving(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Similarity-preserving distillation (Tung and Mori 2019, section 3): ‖G_t − G_s‖²_F / B².
+    """Similarity-preserving distillation (Tung and Mori 2019): ‖G_t − G_s‖²_F / B².
 
     G is the matrix X Xᵀ of a batch's features (B, ...), flattened to X, with every row scaled to
     length 1; the row of a zero vector stays zero. Returns a 0-d tensor.
@@ -254,7 +254,7 @@ def similarity_preserving(student: torch.Tensor, teacher: torch.Tensor) -> torch
 def correlation_congruence(
     student: torch.Tensor, teacher: torch.Tensor, gamma: float = 0.4, order: int = 2
 ) -> torch.Tensor:
-    """Correlation congruence (Peng et al. 2019, section 3): ‖K_t − K_s‖²_F / B².
+    """Correlation congruence (Peng et al. 2019): ‖K_t − K_s‖²_F / B².
 
     K_ij is the Taylor series, up to ``order``, of the Gaussian kernel exp(−γ ‖x_i − x_j‖²) for
     features of length 1: e^(−2γ) · Σ_p (2γ x_i·x_j)^p / p!. Pairs of all pictures count, not only

@@ -81,6 +81,32 @@ def linear_cka(student, teacher) -> float:
     return float(np.linalg.norm(x.T @ y) ** 2 / scale) if scale else float("nan")
 
 
+def retrieval(features, labels) -> dict[str, float]:
+    """How well pictures of one class find one another: ``recall_at_1`` and ``map``, in [0, 1].
+
+    Every picture asks once and ranks all others by the cosine of their features (N, D); those with
+    its own label (N,) are hits. ``recall_at_1`` is the share of pictures whose first is a hit;
+    ``map`` the mean over pictures of the average precision (the mean, over hits, of the share of
+    hits up to there). A picture alone in its class does not ask. Equal cosines keep the pictures'
+    order. Raises ValueError where all are alone in their class.
+    """
+    unit = F.normalize(torch.as_tensor(features, dtype=torch.float32))
+    labels, places = torch.as_tensor(labels), torch.arange(1, len(unit))
+    first, precise = [], []
+    for rows in torch.arange(len(unit)).split(500):  # all cosines at once would be large
+        cosines = unit[rows] @ unit.T
+        cosines[torch.arange(len(rows)), rows] = -torch.inf  # nobody's own answer: ranked last
+        order = cosines.argsort(dim=1, descending=True, stable=True)[:, :-1]
+        hits = (labels[order] == labels[rows, None]).float()
+        asking = hits.sum(1) > 0
+        precision = (hits.cumsum(1) / places * hits).sum(1) / hits.sum(1)
+        first.append(hits[asking, 0])
+        precise.append(precision[asking])
+    if not len(torch.cat(first)):
+        raise ValueError("no two pictures share a label")
+    return {"recall_at_1": float(torch.cat(first).mean()), "map": float(torch.cat(precise).mean())}
+
+
 def _centred(rows: np.ndarray) -> np.ndarray:
     """Rows less their mean; what rounding leaves of a row equal to it is zero."""
     moved = rows - rows.mean(axis=0)

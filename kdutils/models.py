@@ -83,6 +83,54 @@ class MatrixConv2d(nn.Conv2d):
         return nn.functional.linear(torch.cat(read, -1), weight).permute(0, 3, 1, 2)
 
 
+def cifar_resnet(
+    depth: int, *, classes: int, seed: int, width: int = 16, stride: int = 1
+) -> nn.Sequential:
+    """A ResNet for small pictures (He et al. 2016, section 4.2); (B, 3, H, W) to logits (B, C).
+
+    A 3 × 3 stem of this ``stride``, then three stages of (``depth`` − 2) / 6 basic blocks each,
+    ``width``, 2 · ``width`` and 4 · ``width`` channels wide; every stage after the first halves the
+    map. With ``width`` 16 and ``stride`` 1 it is the paper's, but that shortcuts which change shape
+    are 1 × 1 convolutions. The last layer is ``fc``. Weights are drawn from ``seed``.
+    Raises ValueError when ``depth`` is not 8, 14, 20, ...
+    """
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth is {depth}; it must be 8, 14, 20, ... (6 n + 2)")
+    block, before = torchvision.models.resnet.BasicBlock, width
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width)]
+        layers += [nn.ReLU(inplace=True), *(block(width, width) for _ in range(depth // 6))]
+        for after in (2 * width, 4 * width):
+            shortcut = nn.Conv2d(before, after, 1, stride=2, bias=False), nn.BatchNorm2d(after)
+            layers += [block(before, after, 2, nn.Sequential(*shortcut))]
+            layers += [block(after, after) for _ in range(depth // 6 - 1)]
+            before = after
+        network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        network.add_module("fc", nn.Linear(before, classes))
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network.to(memory_format=torch.channels_last)
+
+
+class Featured(nn.Module):
+    """A network whose output is its pooled features and its logits, end to end: (B, D + C).
+
+    Features (B, D) are what ``network.fc``, the last layer, reads; ``width`` is D. One tensor, so
+    that both go through whatever takes a network's output. The network itself is taken over.
+    """
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.head, network.fc = network.fc, nn.Identity()
+        self.body, self.width = network, self.head.in_features
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.body(images).float()
+        return torch.cat([features, self.head(features).float()], 1)
+
+
 def fit_to_size(network: nn.Module, size: int) -> None:
     """Replace, in place, convolutions that this image size makes wasteful; the function stays.
 
