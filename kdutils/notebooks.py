@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kdutils import files, parameters
 from kdutils.records import PROJECT
-from kdutils.runs import SCALES
+from kdutils.runs import SCALES, Study
 from kdutils.verdicts import Verdict
 
 FOLDER = PROJECT / "notebooks"
@@ -135,6 +135,15 @@ def procedure(study: str, given: dict) -> dict:
             if "parameters" in tags:
                 names.update(given)
     return names
+
+
+def notice(study: Study) -> None:
+    """Say, where a study reads published records and there are none, that its page is empty."""
+    from IPython.display import Markdown, display
+
+    if study.published and not any(study.published.glob("*.json")):
+        text = "No run has been published yet, so tables and figures below are empty."
+        display(Markdown(f"**{text}** The text and the code are complete and can be rerun."))
 
 
 def judged(study: str, scale: str, found: dict[str, Verdict]) -> None:

@@ -16,10 +16,13 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from kdutils import notebooks
+
 PROJECT = Path(__file__).parent.parent
 STUDY = "notebooks/3-eskd"
-PAGES = ["book/index", "book/methods", "book/rerun", STUDY, "notebooks/verdicts"]
-PAGES += ["book/design", "book/glossary", "book/references"]
+PAGES = ["book/index", "book/methods", "book/rerun", "book/design", "book/glossary"]
+PAGES += ["book/references", "notebooks/verdicts"]
+PAGES += [f"notebooks/{path.stem}" for path in notebooks.studies().values()]
 WIDTHS = {"desktop": 1280, "phone": 390}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
