@@ -1,5 +1,7 @@
 """Networks by name, and taps on their layers."""
 
+from collections import OrderedDict
+
 import torch
 from torch import nn
 
@@ -64,6 +66,34 @@ def convnet(widths: tuple[int, ...], classes: int) -> nn.Sequential:
         layers += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
         before = width
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
+
+
+# Channels of the three convolutions, then of the hidden fully connected layer.
+CNN_WIDTHS = {"convtiny": (16, 32, 64, 64), "convverytiny": (8, 16, 32, 32)}
+
+
+def small_cnn(name: str, *, classes: int, seed: int) -> nn.Sequential:
+    """ConvTiny or ConvVeryTiny of study 2: three 3 × 3 convolutions, two fully connected layers.
+
+    Fresh weights are drawn from ``seed``; images (B, 3, H, W), H and W at least 8, to logits
+    (B, C). Each convolution is followed by ReLU and 2 × 2 pooling, the third also by an average
+    over the map; there is no batch norm. Layers to tap: ``pool1``, ``pool2``, ``pool3``,
+    ``hidden``, ``logits``.
+    Raises ValueError naming the allowed values when ``name`` is not one of them.
+    """
+    if name not in CNN_WIDTHS:
+        raise ValueError(f"unknown network {name!r}; networks: {', '.join(CNN_WIDTHS)}")
+    *widths, hidden = CNN_WIDTHS[name]
+    layers = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for k, (before, width) in enumerate(zip((3, *widths), widths, strict=False), 1):
+            layers[f"conv{k}"] = nn.Conv2d(before, width, 3, padding=1)
+            layers |= {f"relu{k}": nn.ReLU(), f"pool{k}": nn.MaxPool2d(2)}
+        layers |= {"mean": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+        layers |= {"fc": nn.Linear(widths[-1], hidden), "hidden": nn.ReLU()}
+        layers["logits"] = nn.Linear(hidden, classes)
+    return nn.Sequential(OrderedDict(layers)).to(memory_format=torch.channels_last)
 
 
 class MatrixConv2d(nn.Conv2d):

@@ -47,14 +47,14 @@ def hard(network, batch):
     return F.cross_entropy(network(batch.images), batch.labels)
 
 
-def bare(network, optimizer, preloaded) -> None:
+def bare(network, optimizer, preloaded, term=hard) -> None:
     """Forward, backward, step on batches that lie ready, at the loop's precision."""
     device = train.fabric().device.type
     bf16 = train.device_description()["precision"] == "bf16-mixed"
     network.train()
     for batch in preloaded:
         with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            loss = hard(network, batch)
+            loss = term(network, batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -142,6 +142,106 @@ def fitted(steps: int, rounds: int) -> list[tuple[float, float]]:
     )
 
 
+CNN = ["pool1", "pool2", "pool3", "hidden", "logits"]  # study 2 taps these
+RESNET = ["layer1", "layer2", "layer3", "layer4", "fc"]
+
+
+def teacher_of(name: str, layers: list[str]):
+    """A network of study 2 with its layers tapped, at the loop's precision."""
+    network = build(name) if name in models.NETWORKS else models.small_cnn(name, classes=10, seed=1)
+    return train.fabric().setup_module(models.taps(network.eval(), layers)).eval()
+
+
+def student_of(term: str, teacher: str, ready, stored: bool = True, layers=CNN):
+    """ConvVeryTiny, its optimizer and a loss: the labels' and one of study 2's terms.
+
+    ``term`` is labels, hinton, pairwise or all; with ``stored``, what the teacher says of all
+    pictures lies in memory, else the teacher runs at every step.
+    """
+    teaches = layers if teacher == "convtiny" else RESNET
+    tapped, device = teacher_of(teacher, teaches), train.fabric().device
+    student = models.taps(models.small_cnn("convverytiny", classes=10, seed=2), layers)
+    with torch.no_grad():
+        said = {}
+        for batch in ready(1):
+            for name, tap in tapped(batch.images).items():
+                values = tap.movedim(1, -1).bfloat16()
+                if name not in said:
+                    said[name] = values.new_empty(len(ready.labels), *values.shape[1:])
+                said[name][batch.index] = values
+        own = student.eval()(torch.zeros(1, 3, 32, 32))
+
+    def given(batch):
+        if stored:
+            return {k: v[batch.index].float().movedim(-1, 1) for k, v in said.items()}
+        with torch.no_grad():
+            return tapped(batch.images)
+
+    first = {k: v[:1].movedim(-1, 1) for k, v in said.items()}
+    weights = None if term == "pairwise" else torch.ones(len(teaches), len(layers))
+    parts = {
+        "student": student.train(),
+        "vid": losses.VID(student=own, teacher=first, weights=weights),
+    }
+    if term in ("labels", "hinton"):
+        del parts["vid"]
+    networks = torch.nn.ModuleDict(parts).to(device)
+
+    def loss(networks, batch):
+        taps = networks["student"](batch.images)
+        task = F.cross_entropy(taps[layers[-1]], batch.labels)
+        if term == "labels":
+            return task
+        if term == "hinton":
+            target = list(given(batch).values())[-1]
+            return losses.balanced(task, losses.kd(taps[layers[-1]], target), 0.5)
+        return losses.balanced(task, networks["vid"](taps, given(batch)), 0.5)
+
+    groups = losses.parameter_groups(networks, 0.01)
+    return networks, torch.optim.AdamW(groups, lr=1e-3, fused=True), loss
+
+
+def terms(one: dict, other: dict, steps: int, rounds: int) -> list[tuple[float, float]]:
+    """Bare steps of ConvVeryTiny with one term and with another; see :func:`student_of`."""
+    ready = batches(steps)
+    preloaded = list(ready(1))
+    both = [student_of(ready=ready, **options) for options in (one, other)]
+    runs = [lambda n=n, o=o, t=t: bare(n, o, preloaded, t) for n, o, t in both]
+    return in_turn(*runs, rounds)
+
+
+def stacked(count: int, steps: int, rounds: int) -> list[tuple[float, float]]:
+    """ConvVeryTinys trained one after another, and at once over stacked parameters."""
+    from torch.func import functional_call, stack_module_state, vmap
+
+    device, preloaded = train.fabric().device, list(batches(steps)(1))
+    drawn = [models.small_cnn("convverytiny", classes=10, seed=k).to(device) for k in range(count)]
+    optimizers = [torch.optim.AdamW(n.parameters(), lr=1e-3, fused=True) for n in drawn]
+    together, _ = stack_module_state(drawn)
+    optimizer = torch.optim.AdamW(together.values(), lr=1e-3, fused=True)
+
+    def one_loss(weights, images, labels):
+        return F.cross_entropy(functional_call(drawn[0], weights, (images,)), labels)
+
+    def loss(weights, batch):
+        every = vmap(one_loss, in_dims=(0, None, None))(weights, batch.images, batch.labels)
+        return every.sum()
+
+    class Stack(torch.nn.Module):  # what `bare` expects
+        def __getitem__(self, name):
+            return together
+
+    def apart():
+        for network, own in zip(drawn, optimizers, strict=True):
+            bare(network, own, preloaded)
+
+    return in_turn(
+        apart,
+        lambda: bare(Stack(), optimizer, preloaded, lambda n, batch: loss(n["all"], batch)),
+        rounds,
+    )
+
+
 def worker(steps: int) -> None:
     """Trains an epoch for every line it is sent, and answers when it is done."""
     network, preloaded = build(), list(batches(steps)(1))
@@ -212,7 +312,22 @@ def main() -> int:
     row("ResNet-34 teaches: computed, outputs read", pairs, few, 1.4)
     print(f"    the two students are {'the same bits' if same else 'NOT the same: missed'}")
     row("ResNet-18: torchvision's, fitted to 32 × 32", fitted(few, rounds), few)
+    row_of = {"pairwise": 1 / 2.5, "all": 1 / 5, "hinton": None}
+    few = max(4, many // 5)  # what a teacher says of all pictures is kept in memory
+    for teacher in ("convtiny", "resnet10"):
+        for term, goal in row_of.items():
+            plain = {"term": "labels", "teacher": teacher}
+            pairs = terms(plain, plain | {"term": term}, few, rounds)
+            row(f"ConvVeryTiny: labels, {term} from {teacher}", pairs, few, goal)
+        dear = {"term": "all", "teacher": teacher, "stored": False}
+        pairs = terms(dear, dear | {"stored": True}, few, rounds)
+        row(f"all from {teacher}: at every step, stored", pairs, few)
+    before = {"term": "all", "teacher": "convtiny", "layers": ["relu1", "relu2", "relu3", *CNN[3:]]}
+    pairs = terms(before, before | {"layers": CNN}, few, rounds)
+    row("all from convtiny: tapped before pooling, after", pairs, few)
+    row("4 × ConvVeryTiny: in turn, stacked", stacked(4, few, rounds), 4 * few)
     if options.processes:
+        few = 4 if options.quick else 12
         row("a batch: 1 × 2 threads, 2 × 1", processes(few, rounds), 2 * few)
     return int(missed or not same)
 
