@@ -33,7 +33,7 @@ def means(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
     ax = ax or plt.subplots()[1]
     common = {"data": frame, "x": x, "y": y, "hue": hue, "ax": ax}
     common["dodge"] = 0.4 if frame[hue].nunique() > 1 else False
-    sns.stripplot(**common, size=4, alpha=0.5, jitter=False, legend=False)
+    sns.stripplot(**common, size=6, alpha=0.7, jitter=False, legend=False)
     sns.pointplot(**common, errorbar=_span, linestyle="none", capsize=0.08, markersize=7)
     ax.legend(title=None, frameon=False)
     return ax
