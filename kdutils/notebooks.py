@@ -94,8 +94,12 @@ def sync(study: str = "") -> list[Path]:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    sources = sorted(FOLDER.glob(f"[0-9]*-{study}.md" if study else "*.md"))
-    paths = [path.with_suffix(".ipynb") for path in sources] or [find(study)]
+    sources = sorted(FOLDER.glob("*.md"))
+    if study:  # and the page that reads its claims
+        sources = [p for p in sources if p.stem.partition("-")[2] == study or p.stem == "verdicts"]
+        if not any(p.stem.partition("-")[2] == study for p in sources):
+            find(study)
+    paths = [path.with_suffix(".ipynb") for path in sources]
     for path in paths:
         notebook = jupytext.read(path.with_suffix(".md"))
         if path.exists():  # cells that stay keep their ids
@@ -184,7 +188,7 @@ def claims_html(rows: list[dict]) -> str:
             "claim": f"{row['id']}<br>{sign}",
             "the paper says": escape(row["statement"]),
             "paper": escape(row["paper_value"] or "–"),
-            "ours<br>[95 % interval]": ours.replace(" ", "&nbsp;"),
+            "ours<br>[95 % interval;<br>every seed: range]": ours.replace(" ", "&nbsp;"),
             "runs": f"{row['seeds']}&nbsp;seeds, {row['scale']}" if row["seeds"] else "–",
         }
 

@@ -99,7 +99,11 @@ def timeless(content: dict) -> dict:
 
 
 def made_with(described: dict) -> dict:
-    """What the bits of a result depend on; ``described`` is device, precision and threads."""
+    """What the bits of a result may depend on; ``described`` is device, precision and threads.
+
+    Python itself decides none, so :func:`compare` leaves it out; but an interrupted run does not go
+    on in another.
+    """
     return {
         **described,
         "processor": _processor(),

@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -106,11 +107,15 @@ class Study:
 
     def __getstate__(self):
         """What a worker needs; the scratch folder stays with the study that made it."""
-        folder = None if self.folder == self._own_folder() else self.folder
-        return self.__dict__ | {"_scratch": None, "records": [], "folder": folder}
+        far = "://" in self.engine and self.folder == self._own_folder()
+        return self.__dict__ | {
+            "_scratch": None,
+            "records": [],
+            "folder": None if far else self.folder,
+        }
 
     def __setstate__(self, state):
-        """On a worker, whose disk may be its own: so is the folder of its runs."""
+        """On a far worker, whose disk may be its own: so is the folder of its runs."""
         self.__dict__ |= state
         self.folder = self.folder or self._own_folder()
 
@@ -251,7 +256,7 @@ class RunFunction:
         torch.set_num_threads(self.study.threads)
         made_with = records.made_with(train.device_description()) | {"source": self.source}
         text, begun_with = json.dumps(made_with, indent=1), folder / "made_with.json"
-        if begun_with.exists() and begun_with.read_text() != text:
+        if not begun_with.exists() or begun_with.read_text() != text:
             for path in folder.glob("*.safetensors"):  # other bits would follow: begin again
                 path.unlink()
         files.write(begun_with, text)
@@ -270,6 +275,12 @@ class RunFunction:
         except train.Diverged as error:
             results = {"error": str(error), "epoch": error.epoch, "step": error.step}
             content["status"] = "failed"
+        else:
+            floats = {k: v for k, v in results.items() if isinstance(v, float)}
+            broken = [k for k, v in floats.items() if not math.isfinite(v)]
+            if broken:
+                results = {"error": f"{', '.join(broken)} is not finite"}
+                content["status"] = "failed"
         finally:
             torch.set_num_threads(threads)
         every = sorted(folder.glob("*.safetensors"))
@@ -305,21 +316,21 @@ def _announce(study: Study, run: RunFunction, missing: list[dict]) -> None:
     contents = [c for c in map(records.read, [*like, *shared]) if c and c["scale"] == study.scale]
     known = [c["made"]["seconds"] for c in contents]
     if known:
-        minutes = sum(known) / len(known) * len(missing) / 60
-        side_by_side = "" if "://" in study.engine else f" {_workers(study)} at a time,"
-        minutes /= 1 if "://" in study.engine else _workers(study)
+        workers = _workers(study)
+        minutes = sum(known) / len(known) * math.ceil(len(missing) / workers) / 60
+        side_by_side = f" {workers} at a time," if workers > 1 else ""
         text += f",{side_by_side} about {minutes:.0f} minutes (as its {len(known)} records say)"
     print(text)
 
 
 def _workers(study: Study) -> int:
-    """How many runs this machine computes side by side."""
+    """How many runs this machine computes side by side; what a far cluster does is not known."""
     import joblib
     import torch
 
-    if study.engine == "serial":
+    if study.engine == "serial" or "://" in study.engine or torch.cuda.is_available():
         return 1
-    return torch.cuda.device_count() or max(1, joblib.cpu_count() // study.threads)
+    return max(1, joblib.cpu_count() // study.threads)
 
 
 def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Record]:

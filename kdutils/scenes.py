@@ -26,6 +26,7 @@ UNITS = {  # FACS number: how strongly each emotion, in the order above, moves i
     "lip_tight": (23, (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)),
     "jaw_drop": (26, (0.0, 0.0, 0.5, 0.2, 0.0, 1.0, 0.0)),
 }
+PEOPLE = 2**64 - 1  # the key of all people's draws, which no clip's seed may be
 SKINS = ((0.96, 0.82, 0.72), (0.87, 0.67, 0.52), (0.68, 0.47, 0.34), (0.43, 0.28, 0.20))
 HAIRS = ((0.10, 0.08, 0.07), (0.32, 0.19, 0.11), (0.72, 0.55, 0.28), (0.58, 0.58, 0.60))
 IRISES = ((0.25, 0.15, 0.08), (0.20, 0.38, 0.60), (0.25, 0.45, 0.25), (0.40, 0.42, 0.45))
@@ -77,7 +78,7 @@ def clip(
     identity: int, emotion: int, *, seed: int, index: int, frames: int = 8, size: int = 64
 ) -> tuple[np.ndarray, np.ndarray]:
     """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32."""
-    person, take = _Draws(7, identity), _Draws(seed, index)
+    person, take = _Draws(PEOPLE, identity), _Draws(seed, index)
     canvas = _Canvas(take, person(0.70, 0.92), frames, size)
     _background(canvas, take)
     _head(canvas, person, _units(emotion, take, frames), take)
@@ -89,7 +90,7 @@ class _Draws:
     """Uniform numbers keyed by two integers, one after another."""
 
     def __init__(self, *key: int):
-        self.philox = np.random.Philox(key=list(key))
+        self.philox = np.random.Philox(key=np.array(key, np.uint64))
 
     def __call__(self, low: float = 0.0, high: float = 1.0) -> np.float32:
         share = int(self.philox.random_raw()) >> 40  # 24 bits: exact in float32
@@ -133,8 +134,9 @@ class _Canvas:
         height = take(0.20, 0.33)  # of the head: half of it, as a share of the picture
         half = take(-0.14, 0.14)  # tangent of half the angle of rotation
         self.cos, self.sin = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
-        reach = np.sqrt((aspect * self.cos) ** 2 + self.sin**2) * height
-        stand = np.sqrt((aspect * self.sin) ** 2 + self.cos**2) * height
+        wide, tall = aspect * self.cos, aspect * self.sin  # no **2: it is not x * x to the bit
+        reach = np.sqrt(wide * wide + self.sin * self.sin) * height
+        stand = np.sqrt(tall * tall + self.cos * self.cos) * height
         time = (np.arange(frames, dtype=np.float32) / np.float32(frames - 1))[:, None, None]
         drift = take(-0.06, 0.06), take(-0.03, 0.03)
         margin = np.float32(0.04)
@@ -193,7 +195,12 @@ class _Canvas:
         """The frames as uint8 with noise, (F, H, W, 3)."""
         out = np.stack(self.colours, -1)
         count = -(-out.size // 4)  # a raw number makes four pairs of bytes
-        noise = take.philox.random_raw(count).view(np.uint8)[: 2 * out.size].astype(np.int16)
+        noise = (
+            take.philox.random_raw(count)
+            .astype("<u8")
+            .view(np.uint8)[: 2 * out.size]
+            .astype(np.int16)
+        )
         noise = (noise[::2] + noise[1::2] - 255).reshape(out.shape).astype(np.float32)
         out = out * 255 + noise * take(0.01, 0.06)
         return np.clip(out, 0, 255).astype(np.uint8)

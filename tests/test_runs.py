@@ -153,6 +153,17 @@ def test_a_full_disk_leaves_no_record_and_the_next_try_succeeds(monkeypatch):
     assert network(seed=0).content["status"] == "done"
 
 
+def test_a_result_that_is_not_finite_fails_the_run_and_is_named():
+    study = Study("names", scale="laptop", engine="serial")
+
+    @study.run
+    def odd(run):
+        return {"entropy": float("nan"), "found": 1.0}
+
+    with pytest.raises(runs.RunFailed, match="entropy is not finite"):
+        odd()
+
+
 def test_an_argument_wins_over_an_entry_of_the_history_with_its_name():
     study = Study("names", scale="laptop", engine="serial")
 
@@ -191,7 +202,7 @@ def test_two_processes_that_want_one_run_share_one_result(folders):
     assert started(path.parent) == 1
 
 
-@pytest.mark.parametrize("changed", ["source", "precision", "versions"])
+@pytest.mark.parametrize("changed", ["source", "precision", "versions", "everything"])
 def test_a_run_begun_by_other_source_or_otherwise_begins_again(folders, changed):
     killed = train_in_a_process(folders / "runs", kill_at=45)
     assert killed.wait() == -signal.SIGKILL
@@ -201,7 +212,10 @@ def test_a_run_begun_by_other_source_or_otherwise_begins_again(folders, changed)
         st.save_file({k: file.get_tensor(k) for k in file.keys()}, state, {"rest": rest})  # noqa: SIM118
     begun_with = state.parent / "made_with.json"
     made_with = json.loads(begun_with.read_text())
-    begun_with.write_text(json.dumps(made_with | {changed: "another"}, indent=1))
+    if changed == "everything":
+        begun_with.unlink()
+    else:
+        begun_with.write_text(json.dumps(made_with | {changed: "another"}, indent=1))
     assert train_in_a_process(folders / "runs").wait() == 0
     (path,) = (folders / "runs").rglob("record.json")
     rates = [row["lr"] for row in json.loads(path.read_text())["results"]["history"]]
@@ -238,12 +252,13 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
 
 
 def test_a_worker_keeps_runs_where_its_own_machine_does(folders, monkeypatch):
-    study, smoke = Study("far", scale="laptop"), Study("far", scale="smoke")
-    sent = pickle.dumps([study, smoke])
+    far = Study("far", scale="laptop", engine="tcp://host:8786")
+    near = Study("far", scale="laptop", engine="processes")  # its workers may be older than it
+    smoke = Study("far", scale="smoke", engine="tcp://host:8786")
+    sent = pickle.dumps([far, near, smoke])
     monkeypatch.setenv("KDUTILS_RUNS", str(folders / "worker"))
-    received = pickle.loads(sent)
-    assert received[0].folder == folders / "worker" / "far"
-    assert received[1].folder == smoke.folder
+    received = [study.folder for study in pickle.loads(sent)]
+    assert received == [folders / "worker" / "far", near.folder, smoke.folder]
 
 
 def _kill_when_busy(folder: Path, pids: list[int]):
@@ -311,7 +326,7 @@ def test_map_says_what_it_will_train_and_how_long_it_will_take(capsys):
     study.map(network, grid(seed=[0]))
     assert "network: 1 runs to train\n" in capsys.readouterr().out
     study.map(network, grid(seed=[0, 1, 2]))
-    assert "network: 2 runs to train, 1 at a time, about 0 minutes (as its 1 records say)" in (
+    assert "network: 2 runs to train, about 0 minutes (as its 1 records say)" in (
         capsys.readouterr().out
     )
 
