@@ -69,7 +69,7 @@ def convnet(widths: tuple[int, ...], classes: int) -> nn.Sequential:
 
 
 # Channels of the three convolutions, then of the hidden fully connected layer.
-CNN_WIDTHS = {"convtiny": (16, 32, 64, 64), "convverytiny": (8, 16, 32, 32)}
+CNN_WIDTHS = {"convtiny": (16, 32, 64, 64), "convverytiny": (10, 20, 40, 40)}
 
 
 def small_cnn(name: str, *, classes: int, seed: int) -> nn.Sequential:

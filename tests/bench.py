@@ -143,7 +143,7 @@ def fitted(steps: int, rounds: int) -> list[tuple[float, float]]:
 
 
 CNN = ["pool1", "pool2", "pool3", "hidden", "logits"]  # study 2 taps these
-RESNET = ["layer1", "layer2", "layer3", "layer4", "fc"]
+RESNET = ["layer1", "layer2", "layer3", "fc"]
 
 
 def teacher_of(name: str, layers: list[str]):

@@ -62,7 +62,7 @@ def test_small_networks_are_drawn_from_the_seed_alone():
     assert torch.equal(one.conv1.weight, two.conv1.weight)
     assert not torch.equal(one.conv1.weight, other.conv1.weight)
     teacher, student = models.CNN_WIDTHS.values()
-    assert all(2 * narrow == wide for wide, narrow in zip(teacher, student, strict=True))
+    assert all(narrow < wide for wide, narrow in zip(teacher, student, strict=True))
 
 
 def test_an_unknown_small_network_is_named():
@@ -70,15 +70,17 @@ def test_an_unknown_small_network_is_named():
         models.small_cnn("convhuge", classes=10, seed=0)
 
 
-@pytest.mark.parametrize("network", ["convtiny", "convverytiny", "resnet10", "resnet18"])
-def test_every_network_has_five_layers_to_tap(names, network):
+@pytest.mark.parametrize(
+    ("network", "count"), [("convtiny", 5), ("convverytiny", 5), ("resnet10", 4), ("resnet18", 4)]
+)
+def test_the_layers_of_every_network_end_with_its_logits(names, network, count):
     built = names["build"](network, 0, SETTING).eval()
     tapped = models.taps(built, names["layers"](network))
     images = torch.randn(2, 3, 16, 16).to(memory_format=torch.channels_last)
     with torch.no_grad():
         found = tapped(images)
         torch.testing.assert_close(list(found.values())[-1], built(images))
-    assert len(found) == 5
+    assert len(found) == count
     with pytest.raises(ValueError, match="no layer 'pool9'; layers: "):
         models.taps(built, ["pool9"])
 
@@ -176,6 +178,16 @@ def test_a_random_trial_is_fixed_by_its_number(names):
     assert 0 <= every.min() < every.max() <= 1
     assert abs(every.mean() - 0.5) < 0.02
     assert len(np.unique(every, axis=0)) == 200
+    assert np.shape(names["drawn"](0, 4)["weights"]) == (4, 5)
+    assert names["drawn"](0, 4)["weights"] == first["weights"][:4]
+
+
+def test_a_teacher_of_another_depth_can_teach(names):
+    pair = PAIR | {"teacher": "resnet10"}
+    record = names["vid"](**pair, **names["drawn"](0, 4), **SETTING | {"epochs": 1})
+    assert np.isfinite(record.results["history"][-1]["loss"])
+    with pytest.raises(ValueError, match=r"λ is \(5, 5\); it must be \(4, 5\)"):
+        names["vid"](**pair, **names["drawn"](0), **SETTING | {"epochs": 1})
 
 
 def score(weights, beta):
