@@ -142,7 +142,7 @@ def test_the_optimizer_steps_as_keras_does_at_any_size_of_gradient(seed, size, d
 
 def test_torchs_own_adam_agrees_unless_gradients_are_as_small_as_epsilon():
     rng = np.random.default_rng(0)
-    start, gradients = rng.normal(size=4), rng.normal(size=(40, 4))
+    start, gradients = rng.normal(size=4), rng.uniform(0.5, 2, (40, 4))  # of one sign
 
     def moved(size):
         parameter = torch.nn.Parameter(torch.tensor(start))
