@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kdutils import data, notebooks, parameters, records, runs
+from kdutils import data, notebooks, parameters, pictures, records, runs
 
 app = typer.Typer(
     help="Rerun the compendium's studies and read their records.",
@@ -70,10 +70,36 @@ def data_list():
         print(f"{name:10} {'here' if here else 'absent':7} {source['title']}")
 
 
+Size = Annotated[int, typer.Option(min=8, help="Height and width in pixels, where it is free.")]
+
+
 @data_app.command("get")
-def data_get(name: Annotated[str, typer.Argument(help="cifar10 or cifar100.")]):
+def data_get(
+    name: Annotated[str, typer.Argument(help="cifar10, cifar100 or oxford-pets.")],
+    size: Size = 224,
+):
     """Download a dataset through torchvision, check it, and keep it as one .npz file."""
-    print(data.get(name))
+    if name == "oxford-pets":
+        _say(*pictures.pets(name, size))
+    elif "how" in data.sources().get(name, {}):
+        raise data.DataError(f"{name} cannot be downloaded: {data.sources()[name]['how']}")
+    else:
+        print(data.get(name))
+
+
+@data_app.command("import")
+def data_import(
+    path: Annotated[Path, typer.Argument(help="A folder or zip archive of cats and dogs.")],
+    size: Size = 224,
+):
+    """Decode Kaggle's Dogs vs. Cats once, and keep it as dogs-vs-cats.npz."""
+    _say(*pictures.collect("dogs-vs-cats", path, size))
+
+
+def _say(path: Path, skipped: list[str]) -> None:
+    for line in skipped:
+        print(f"skipped {line}")
+    print(f"{len(skipped)} pictures skipped\n{path}")
 
 
 @data_app.command("where")

@@ -18,7 +18,7 @@ from pathlib import Path
 from kdutils import data, files
 
 PROJECT = Path(__file__).parent.parent
-SOURCE_ROOMS = ("data", "losses", "metrics", "models", "train")
+SOURCE_ROOMS = ("data", "losses", "metrics", "models", "pictures", "train")
 VERSIONS = ("lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
 
 

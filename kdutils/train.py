@@ -168,6 +168,43 @@ def save_weights(network: nn.Module, path: Path) -> None:
     files.write(path, st.save({k: v.contiguous() for k, v in network.state_dict().items()}))
 
 
+def keep_best(network: nn.Module, path: Path, value: float) -> bool:
+    """Save the network's weights in ``path`` unless those there have at least this ``value``.
+
+    Says whether it did. The value lies in the file, so an interrupted training goes on comparing.
+    """
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            if value <= float(file.metadata()["value"]):
+                return False
+    tensors = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
+    files.write(path, st.save(tensors, metadata={"value": repr(value)}))
+    return True
+
+
+def keras_adam(parameters: Iterable, lr: float, decay: float = 0.0) -> torch.optim.Adam:
+    """torch's Adam, stepping as Keras 2 does: at step t from 1 with the rate lr / (1 + d (t − 1)).
+
+    β is 0.9 and 0.999. Keras adds ε = 1e-7 to √v, torch to the larger √v / √(1 − β₂ᵗ), so ε is made
+    larger by as much. After a resumption the count of steps goes on.
+    (Kingma and Ba 2015, the formula before section 2.1; Biryukova 2020, eq. 9 and 10.)
+    """
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=(0.9, 0.999), fused=True)
+    done = None
+
+    def before(optimizer, *_):
+        nonlocal done
+        if done is None:  # asked once: on a GPU an answer has to be waited for
+            done = int(max((state["step"] for state in optimizer.state.values()), default=0))
+        for group in optimizer.param_groups:
+            group["lr"] = lr / (1 + decay * done)
+            group["eps"] = 1e-7 / math.sqrt(1 - 0.999 ** (done + 1))
+        done += 1
+
+    optimizer.register_step_pre_hook(before)
+    return optimizer
+
+
 def load_weights(network: nn.Module, path: Path) -> nn.Module:
     """Fill ``network`` with the weights in ``path`` and return it."""
     network.load_state_dict(st.load_file(path))

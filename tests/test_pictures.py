@@ -1,0 +1,312 @@
+"""Pictures brought in: from folders, archives and torchvision; what is broken is named."""
+
+import io
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdutils import data, pictures, records
+from kdutils._torchvision import torchvision
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    pictures.pair.cache_clear()
+    yield
+    pictures.pair.cache_clear()
+
+
+def drawn(seed, mode="RGB", size=(40, 30)):
+    """A picture of blocks of colour; the seed decides which."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (3, 4, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.NEAREST).convert(mode)
+
+
+def encoded(picture, kind="PNG", **options) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, kind, **options)
+    return content.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three cats and two dogs, as Kaggle names them."""
+    path = tmp_path / "train"
+    path.mkdir()
+    for i in range(3):
+        (path / f"cat.{i}.png").write_bytes(encoded(drawn(i)))
+    for i in range(2):
+        (path / f"dog.{i}.png").write_bytes(encoded(drawn(10 + i)))
+    return path
+
+
+def zipped(folder, path, extra=()):
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, f"{folder.name}/{file.relative_to(folder)}")
+        for name, content in extra:
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_folder_becomes_one_file_of_nearest_pixels(folder, own_folders):
+    path, skipped = pictures.collect("dogs-vs-cats", folder, 16)
+    assert path == own_folders / "dogs-vs-cats.npz"
+    assert [file.name for file in own_folders.iterdir()] == [path.name]
+    assert skipped == []
+    both = pictures.pair("dogs-vs-cats", ("cat", "dog"))
+    assert both.labels.tolist() == [0, 0, 0, 1, 1]
+    assert both.images.shape == (5, 16, 16, 3)
+    picture = np.asarray(drawn(11))  # 30 rows, 40 columns
+    rows = ((np.arange(16) + 0.5) * 30 / 16).astype(int)
+    columns = ((np.arange(16) + 0.5) * 40 / 16).astype(int)
+    np.testing.assert_array_equal(both.images[4], picture[rows[:, None], columns])
+
+
+def test_an_archive_and_folders_by_class_give_the_same_pictures(folder, tmp_path):
+    pictures.collect("dogs-vs-cats", folder, 16)
+    expected = pictures.pair("dogs-vs-cats", ("cat", "dog"))
+    other = tmp_path / "PetImages"
+    for kind, name in (("cat", "Cat"), ("dog", "Dog")):
+        (other / name).mkdir(parents=True)
+        for file in folder.glob(f"{kind}.*"):
+            (other / name / file.name.split(".", 1)[1]).write_bytes(file.read_bytes())
+    for source in (zipped(folder, tmp_path / "kaggle.zip"), other):
+        pictures.collect("dogs-vs-cats", source, 16)
+        pictures.pair.cache_clear()
+        found = pictures.pair("dogs-vs-cats", ("cat", "dog"))
+        np.testing.assert_array_equal(found.images, expected.images)
+        np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1", "LA"])
+def test_grey_cmyk_and_palettes_become_rgb(folder, mode):
+    kind = "TIFF" if mode == "CMYK" else "PNG"
+    (folder / "cat.9.png").write_bytes(encoded(drawn(3, mode), kind))
+    _, skipped = pictures.collect("dogs-vs-cats", folder, 16)
+    assert skipped == []
+    found = pictures.pair("dogs-vs-cats", ("cat", "dog")).images[3]
+    expected = drawn(3, mode).convert("RGB").resize((16, 16), Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(found, np.asarray(expected))
+
+
+def test_of_an_animation_the_first_frame_counts(folder):
+    frames = [drawn(i, "P") for i in (4, 5)]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    (folder / "dog.9.gif").write_bytes(content)
+    pictures.collect("dogs-vs-cats", folder, 16)
+    found = pictures.pair("dogs-vs-cats", ("cat", "dog")).images[5]
+    expected = drawn(4, "P").convert("RGB").resize((16, 16), Image.Resampling.NEAREST)
+    assert np.abs(found.astype(int) - np.asarray(expected)).max() < 40  # a GIF's own colours
+
+
+def bomb() -> bytes:
+    """A PNG that says it has four billion pixels."""
+    content = bytearray(encoded(drawn(0)))
+    content[16:24] = struct.pack(">II", 65535, 65535)
+    return bytes(content)
+
+
+BROKEN = {
+    "cut short": encoded(drawn(1), "JPEG")[:-200],
+    "empty": b"",
+    "a page": b"<html>404</html>",
+    "half a header": encoded(drawn(1))[:20],
+    "far too large": bomb(),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+@pytest.mark.parametrize("archive", [False, True])
+def test_what_is_no_picture_is_named_counted_and_skipped(folder, tmp_path, case, archive):
+    (folder / "cat.1.png").write_bytes(BROKEN[case])
+    source = zipped(folder, tmp_path / "k.zip") if archive else folder
+    path, skipped = pictures.collect("dogs-vs-cats", source, 16)
+    (line,) = skipped
+    assert "cat.1.png: " in line
+    assert "\n" not in line
+    assert pictures.pair("dogs-vs-cats", ("cat", "dog")).labels.tolist() == [0, 0, 1, 1]
+    with np.load(path) as arrays:
+        assert arrays["skipped"].tolist() == skipped
+
+
+def test_a_damaged_entry_of_an_archive_is_skipped(folder, tmp_path):
+    path = zipped(folder, tmp_path / "k.zip")
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo("train/dog.0.png")
+    content = bytearray(path.read_bytes())
+    content[info.header_offset + 60] ^= 255
+    path.write_bytes(content)
+    _, skipped = pictures.collect("dogs-vs-cats", path, 16)
+    assert [line.split(":")[0] for line in skipped] == ["train/dog.0.png"]
+
+
+@pytest.mark.parametrize(
+    "name", ["../cat.1.png", "/etc/dog.1.png", "a/../../dog.png", "..\\cat.png"]
+)
+def test_an_archive_whose_entries_climb_out_is_refused(folder, tmp_path, own_folders, name):
+    path = zipped(folder, tmp_path / "k.zip", [(name, encoded(drawn(1)))])
+    with pytest.raises(data.DataError) as caught:
+        pictures.collect("dogs-vs-cats", path, 16)
+    assert str(path) in str(caught.value)
+    assert "climbs out" in str(caught.value)
+    assert not own_folders.exists()
+
+
+def test_an_archive_in_an_archive_is_to_be_unpacked(folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(zipped(folder, tmp_path / "train.zip"), "train.zip")
+    with pytest.raises(data.DataError, match=r"all\.zip was not imported: unpack its train\.zip"):
+        pictures.collect("dogs-vs-cats", tmp_path / "all.zip", 16)
+
+
+def test_one_class_or_none_is_refused_and_the_folder_named(folder, own_folders):
+    for file in folder.glob("dog.*"):
+        file.unlink()
+    with pytest.raises(data.DataError, match="3 of class 'cat' and 0 of class 'dog'") as caught:
+        pictures.collect("dogs-vs-cats", folder, 16)
+    assert str(folder) in str(caught.value)
+    (folder / "dog.1.png").write_bytes(b"not a picture")
+    with pytest.raises(data.DataError, match=r"0 of class 'dog'.*first dog\.1\.png"):
+        pictures.collect("dogs-vs-cats", folder, 16)
+    for file in folder.iterdir():
+        file.unlink()
+    with pytest.raises(data.DataError, match="0 of class 'cat' and 0 of class 'dog'"):
+        pictures.collect("dogs-vs-cats", folder, 16)
+    assert not own_folders.exists()
+
+
+def test_what_is_neither_folder_nor_archive_is_named(tmp_path):
+    (tmp_path / "k.zip").write_bytes(b"PK no")
+    for path in (tmp_path / "k.zip", tmp_path / "nothing"):
+        with pytest.raises(data.DataError, match="no folder and no zip archive") as caught:
+            pictures.collect("dogs-vs-cats", path, 16)
+        assert str(path) in str(caught.value)
+
+
+def test_one_changed_pixel_of_an_imported_file_is_noticed(folder):
+    path, _ = pictures.collect("dogs-vs-cats", folder, 16)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays["x_all"][1, 2, 3, 0] ^= 1
+    np.savez(path, **arrays)
+    with pytest.raises(data.DataError, match="fingerprint") as caught:
+        pictures.pair("dogs-vs-cats", ("cat", "dog"))
+    assert str(path) in str(caught.value)
+
+
+WRONG = {
+    "no array": lambda a: {"names": None},
+    "labels of no class": lambda a: {"y_all": a["y_all"] + 2},
+    "channels first": lambda a: {"x_all": a["x_all"].transpose(0, 3, 1, 2)},
+    "too few labels": lambda a: {"y_all": a["y_all"][1:]},
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arrays_that_do_not_fit_are_refused_and_the_file_named(folder, case):
+    path, _ = pictures.collect("dogs-vs-cats", folder, 16)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays |= WRONG[case](arrays)
+    np.savez(path, **{k: v for k, v in arrays.items() if v is not None})
+    with pytest.raises(data.DataError) as caught:
+        pictures.pair("dogs-vs-cats", ("cat", "dog"))
+    assert str(path) in str(caught.value)
+
+
+def test_two_classes_of_a_dataset_with_splits():
+    digits = data.load("digits")
+    both = pictures.pair("digits", ("8", "3"))
+    images = np.concatenate([digits.x_train, digits.x_test])
+    labels = np.concatenate([digits.y_train, digits.y_test])
+    chosen = np.isin(labels, [3, 8])
+    np.testing.assert_array_equal(both.images, images[chosen])
+    np.testing.assert_array_equal(both.labels, labels[chosen] == 3)
+
+
+def test_absent_data_and_unknown_classes_are_named(own_folders):
+    with pytest.raises(data.DataError, match="digits has no class 'cat'; classes: 0, 1"):
+        pictures.pair("digits", ("cat", "dog"))
+    with pytest.raises(data.DataError, match="data import PATH") as caught:
+        pictures.pair("dogs-vs-cats", ("cat", "dog"))
+    assert str(own_folders / "dogs-vs-cats.npz") in str(caught.value)
+    with pytest.raises(data.DataError, match="unknown dataset 'cats'"):
+        pictures.pair("cats", ("cat", "dog"))
+
+
+def test_a_record_can_name_data_without_a_stated_fingerprint():
+    assert records.data_named_in({"dataset": "dogs-vs-cats"}) == {"dogs-vs-cats": {}}
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """A small Oxford-IIIT Pet as torchvision unpacks it; nothing is downloaded."""
+
+    def unpacked(root):
+        base = Path(root) / "oxford-iiit-pet"
+        (base / "images").mkdir(parents=True)
+        (base / "annotations" / "trimaps").mkdir(parents=True)
+        for split, seeds in (("trainval", (0, 1, 2)), ("test", (3, 4))):
+            lines = []
+            for k in seeds:
+                name = f"{'Abyssinian' if k % 2 == 0 else 'beagle'}_{k}"
+                (base / "images" / f"{name}.jpg").write_bytes(encoded(drawn(k), "PNG"))
+                lines.append(f"{name} {1 + k % 2} {1 + k % 2} 1\n")
+            (base / "annotations" / f"{split}.txt").write_text("".join(lines))
+
+    of = torchvision.datasets.OxfordIIITPet
+    monkeypatch.setattr(
+        of, "_download", lambda self: self._check_exists() or unpacked(self._base_folder.parent)
+    )
+    return unpacked
+
+
+def test_oxford_pets_come_through_torchvision(pets, own_folders):
+    _, skipped = pictures.pets("oxford-pets", 16)
+    assert skipped == []
+    assert [file.name for file in own_folders.iterdir()] == ["oxford-pets.npz"]
+    both = pictures.pair("oxford-pets", ("cat", "dog"))
+    assert both.labels.tolist() == [0, 1, 0, 1, 0]
+    for k in range(5):
+        expected = drawn(k).resize((16, 16), Image.Resampling.NEAREST)
+        np.testing.assert_array_equal(both.images[k], np.asarray(expected))
+
+
+def test_oxford_pets_without_a_network_say_what_helps(monkeypatch, own_folders):
+    def absent(self):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(torchvision.datasets.OxfordIIITPet, "_download", absent)
+    with pytest.raises(data.DataError, match=r"could not download oxford-pets .*network"):
+        pictures.pets("oxford-pets", 16)
+    assert not own_folders.exists()
+
+
+def test_the_command_line_imports_and_says_what_it_skipped(folder, own_folders):
+    (folder / "cat.1.png").write_bytes(b"")
+    command = [sys.executable, "-m", "kdutils", "data"]
+    run = subprocess.run(
+        [*command, "import", str(folder), "--size", "16"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[0].startswith("skipped cat.1.png: ")
+    assert run.stdout.splitlines()[1:] == [
+        "1 pictures skipped",
+        str(own_folders / "dogs-vs-cats.npz"),
+    ]
+    run = subprocess.run(
+        [*command, "get", "dogs-vs-cats"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert "data import PATH" in run.stderr.splitlines()[-1]
