@@ -68,7 +68,10 @@ def convnet(widths: tuple[int, ...], classes: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, classes))
 
 
-# Channels of the three convolutions, then of the hidden fully connected layer.
+# Channels of the three convolutions, then of the hidden fully connected layer. The paper does not
+# give them. Chosen once, so that four epochs on CIFAR-10 without augmentation (AdamW, 0.003, in
+# the last epoch a tenth of it) end near the paper's test accuracies, 0.58 and 0.54. Half of
+# ConvTiny's widths would stay below 0.54.
 CNN_WIDTHS = {"convtiny": (16, 32, 64, 64), "convverytiny": (10, 20, 40, 40)}
 
 
