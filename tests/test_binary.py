@@ -26,8 +26,6 @@ def logit(p):
 
 @pytest.fixture(scope="module")
 def study():
-    if "binary" not in notebooks.studies():
-        pytest.skip("the notebook has not been paired yet")
     return notebooks.procedure("binary", {"scale": "laptop", "train_missing": False})
 
 
@@ -383,9 +381,6 @@ def test_a_missing_runtime_is_said_before_anything_is_trained(study, monkeypatch
 
 @pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
 def test_both_runtimes_give_the_networks_answer(study, runtime):
-    if runtime == "onnxruntime":
-        for name in ("onnx", "onnxruntime", "onnxscript"):
-            pytest.importorskip(name)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.Flatten()).eval()
     picture = torch.randn(1, 3, 8, 8)
     found = study["call"](model, picture, runtime)()

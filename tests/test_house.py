@@ -32,7 +32,7 @@ REGISTRIES = [
         ("repo", "anaconda", "com"),
     )
 ]
-TESTED_EXTRAS = ("book", "cluster", "test")
+TESTED_EXTRAS = ("book", "cluster", "edge", "test")
 
 
 def text(name: str) -> str:
