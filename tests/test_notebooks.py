@@ -75,7 +75,7 @@ BAD = {
 
 def test_a_new_study_gets_its_notebook_and_a_failing_one_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
-    header = "---\nkernelspec:\n  name: python3\n---\n"
+    header = "---\nkernelspec:\n  name: python3\n  display_name: Python 3\n---\n"
     source = tmp_path / "9-new.md"
     source.write_text(f"{header}\n```{{code-cell}} ipython3\nprint(6 * 7)\n```\n")
     (made,) = notebooks.sync("new")
