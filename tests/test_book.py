@@ -18,8 +18,8 @@ import pytest
 
 PROJECT = Path(__file__).parent.parent
 STUDY = "notebooks/3-eskd"
-PAGES = ["book/index", "book/methods", "book/rerun", STUDY, "notebooks/verdicts"]
-PAGES += ["book/design", "book/glossary", "book/references"]
+PAGES = ["book/index", "book/methods", "book/rerun", STUDY, "notebooks/4-binary"]
+PAGES += ["notebooks/verdicts", "book/design", "book/glossary", "book/references"]
 WIDTHS = {"desktop": 1280, "phone": 390}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
