@@ -364,7 +364,16 @@ class VID(torch.nn.Module):
         saw, shown = len(own[0]), len(given[0])
         if saw != shown:
             raise ValueError(f"student and teacher must see the same inputs, not {saw} and {shown}")
-        target = cache(lambda i, size: _rows(given[i].detach(), size).to(self.alpha.dtype))
+        # Matrices this narrow are slower in bf16, whose casts cost more than its products save.
+        with torch.autocast(self.alpha.device.type, enabled=False):
+            errors = self._errors([tap.to(self.alpha.dtype) for tap in own], given)
+        variance = self.variance
+        squares = torch.cat([errors[pair] for pair in self.order])
+        return (self.shares * (squares / variance + variance.log()) / 2).sum(2)
+
+    def _errors(self, own: list, given: list) -> dict:
+        """Mean squared errors of the regressors by channel, {(i, j): (C of teacher layer i,)}."""
+        target = cache(lambda i, size: _rows(given[i].detach().to(self.alpha.dtype), size))
         errors = {}
         for j, layer in enumerate(own):
             groups = {}  # regressors that read this layer at one size share their first product
@@ -378,13 +387,10 @@ class VID(torch.nn.Module):
                 hidden = F.linear(_rows(layer, size), torch.cat(one)).relu_()
                 hidden = hidden.split([len(m) for m in matrices], 1)
                 for i, x, second, third in zip(group, hidden, two, three, strict=True):
-                    # Squares are taken at the variance's precision, also under autocast.
-                    mean = F.linear(F.linear(x, second).relu_(), third).to(self.alpha.dtype)
+                    mean = F.linear(F.linear(x, second).relu_(), third)
                     squares = F.mse_loss(mean, target(i, size), reduction="none")
                     errors[i, j] = squares.mean(0)  # σ² is constant within a channel
-        variance = self.variance
-        squares = torch.cat([errors[pair] for pair in self.order])
-        return (self.shares * (squares / variance + variance.log()) / 2).sum(2)
+        return errors
 
 
 def parameter_groups(network: torch.nn.Module, weight_decay: float) -> list[dict]:

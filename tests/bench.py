@@ -142,7 +142,7 @@ def fitted(steps: int, rounds: int) -> list[tuple[float, float]]:
     )
 
 
-CNN = ["pool1", "pool2", "pool3", "hidden", "logits"]  # study 2 taps these
+CNN = ["relu1", "relu2", "relu3", "hidden", "logits"]  # study 2 taps these
 RESNET = ["layer1", "layer2", "layer3", "fc"]
 
 
@@ -322,9 +322,6 @@ def main() -> int:
         dear = {"term": "all", "teacher": teacher, "stored": False}
         pairs = terms(dear, dear | {"stored": True}, few, rounds)
         row(f"all from {teacher}: at every step, stored", pairs, few)
-    before = {"term": "all", "teacher": "convtiny", "layers": ["relu1", "relu2", "relu3", *CNN[3:]]}
-    pairs = terms(before, before | {"layers": CNN}, few, rounds)
-    row("all from convtiny: tapped before pooling, after", pairs, few)
     row("4 × ConvVeryTiny: in turn, stacked", stacked(4, few, rounds), 4 * few)
     if options.processes:
         few = 4 if options.quick else 12

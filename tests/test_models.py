@@ -164,6 +164,34 @@ def test_cutting_leaves_mode_and_batch_statistics_alone():
     assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": True},
+        {"groups": 2},
+        {"dilation": 2, "padding": 2},
+        {"padding_mode": "reflect"},
+        {"kernel_size": (1, 3), "padding": (0, 1)},
+        {"stride": (1, 2)},
+        {"padding": "same"},
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_left_alone(options):
+    usual = {"kernel_size": 3, "padding": 1, "bias": False}
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.AdaptiveAvgPool2d(2))
+    network.append(torch.nn.Conv2d(4, 4, **usual | options))
+    network.append(torch.nn.Conv2d(4, 4, **usual))
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = network.eval()(images)
+        models.fit_to_size(network, 8)
+        torch.testing.assert_close(network(images), expected)
+    height, width = network[:3](images).shape[2:]
+    found = [type(network[k]).__name__ for k in (2, 3)]
+    assert found == ["Conv2d", "MatrixConv2d" if height == width else "Conv2d"]
+
+
 # ---------------------------------------------------------------------------- seeds, names
 
 
