@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -310,7 +311,7 @@ train.fit = fit
 names = notebooks.procedure("binary", {"scale": "laptop", "train_missing": True})
 setting = {"dataset": "digits", "classes": ["3", "8"], "stem": "imagenet", "batch_size": 64}
 setting |= {"views": 1}
-master = {"network": "resnet10", "epochs": 1, "decay": 0.01, "dropout": 0.5, "pretrained": False}
+master = {"network": "resnet10", "epochs": 1, "decay": 0.01, "dropout": 0.5, "before": None}
 record = names["student"](
     labels="hard", generation=5, master=master | {"lr": 0.001}, network="resnet10", seed=0,
     lr=0.001, epochs=2, shift=0.4, **setting,
@@ -352,6 +353,25 @@ def test_a_chain_killed_at_generation_4_goes_on_at_generation_4(study, tmp_path)
         assert records.timeless(after[generation]) == records.timeless(expected[generation])
 
 
+# What the teacher knows already
+
+
+def test_a_teacher_starts_from_its_pretraining_in_all_but_its_head(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path))
+    names = notebooks.procedure("binary", {"scale": "laptop", "train_missing": True})
+    shared = {"network": "resnet10", "stem": "imagenet", "batch_size": 256, "seed": 0}
+    made = names["pretraining"](**shared, dataset="digits", epochs=1, lr=0.05)
+    s = {"dataset": "digits", "classes": ["3", "8"], "stem": "imagenet"}
+    fresh = names["build"]("resnet10", 5, s, dropout=0.5)
+    head = {k: v.clone() for k, v in fresh.state_dict().items() if k.startswith("fc")}
+    model, digest = names["with_knowledge"](fresh, made, "resnet10", "imagenet")
+    weights = safetensors.torch.load_file(made.weights("e1"))
+    assert digest == made.content["weights"]["e1.safetensors"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (head if name.startswith("fc") else weights)[name])
+    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 1)
+
+
 # The page
 
 
@@ -362,7 +382,9 @@ def test_a_wrong_setting_stops_with_one_sentence(study):
     wrong = [
         ({"classes": ["cat", "cat"]}, "classes must be two different ones"),
         ({"generations": 1}, "parameter generations is 1"),
-        ({"pretrained": True, "stem": "small"}, "pretrained needs a resnet18, 34 or 50"),
+        ({"pretrained": "imagenet", "stem": "small"}, "needs a resnet18, 34 or 50"),
+        ({"pretrained": "cifar100", "dataset": "oxford-pets"}, "dataset must then be cifar10"),
+        ({"pretrained": "cifar10"}, "parameter pretrained is 'cifar10'"),
         ({"shift": 1.5}, "parameter shift is 1.5"),
         ({"runtimes": ["tflite"]}, r"parameter runtimes\[0\] is 'tflite'"),
     ]
