@@ -10,6 +10,7 @@ import math
 import os
 import tempfile
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -127,7 +128,7 @@ def _draw(wanted: dict, jobs: int) -> Recordings:
     registered, others = wanted["registered"], wanted["others"]
     ends = np.cumsum([registered, others, *wanted["strangers"]]).tolist()
     users, known = list(range(registered)), list(range(ends[1]))
-    unknown = [list(range(a, b)) for a, b in zip(ends[1:], ends[2:], strict=False)]
+    unknown = [list(range(a, b)) for a, b in pairwise(ends[1:])]
     options = {"frames": wanted["frames"], "size": wanted["size"], "jobs": jobs}
     seeds = iter(range(5 * wanted["seed"], 5 * wanted["seed"] + 5))
 
@@ -137,7 +138,9 @@ def _draw(wanted: dict, jobs: int) -> Recordings:
         return Part(*joined, joined[3] < registered)
 
     train, *counts = wanted["clips"]
-    halves = [[(users, n - n // 2), (them, n // 2)] for n, them in zip(counts, unknown, strict=True)]
+    halves = [
+        [(users, n - n // 2), (them, n // 2)] for n, them in zip(counts, unknown, strict=True)
+    ]
     return Recordings(part((known, train)), part(*halves[0]), part(*halves[1]), registered, ends[1])
 
 
@@ -232,7 +235,7 @@ def read_folder(path: Path, *, frames: int, size: int) -> Recordings:
     video file; ``frames`` of it, evenly spaced from first to last, are squashed to ``size`` ×
     ``size``. A row of the table has the clip (``<identity>/<clip>``), its emotion, the box of the
     middle frame taken (cx, cy, w, h, shares of the picture) and ``registered``, 0 or 1.
-    Clips of registered people are split 70, 15 and 15 %, at least one each; people who are not
+    Clips of registered people are split 70, 15 and 15 %, drawn, at least one each; people who are not
     registered are strangers, half of them in validation and half in test.
     Raises :class:`DataError` naming row and file; nothing is kept of a folder with a fault.
     """
@@ -257,6 +260,8 @@ def read_folder(path: Path, *, frames: int, size: int) -> Recordings:
     parts = np.full(len(rows), 0)
     for i in range(len(users)):
         own = np.flatnonzero(people == i)
+        # A table may be in the order of emotions.
+        own = own[np.argsort(data._random(0, i, 0, len(own)))]
         held = max(1, round(0.15 * len(own)))
         parts[own[-held:]], parts[own[-2 * held : -held]] = 2, 1
     for k, name in enumerate(strangers):
