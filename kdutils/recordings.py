@@ -235,7 +235,7 @@ def read_folder(path: Path, *, frames: int, size: int) -> Recordings:
     video file; ``frames`` of it, evenly spaced from first to last, are squashed to ``size`` ×
     ``size``. A row of the table has the clip (``<identity>/<clip>``), its emotion, the box of the
     middle frame taken (cx, cy, w, h, shares of the picture) and ``registered``, 0 or 1.
-    Clips of registered people are split 70, 15 and 15 %, drawn, at least one each; people who are not
+    Clips of registered people are split 70, 15 and 15 %, at least one each; people who are not
     registered are strangers, half of them in validation and half in test.
     Raises :class:`DataError` naming row and file; nothing is kept of a folder with a fault.
     """
@@ -321,7 +321,7 @@ def _row(path: Path, row: dict, where: str) -> dict:
         raise DataError(f"{where}: the box {box} has no size")
     edges = (cx - w / 2, 1 - cx - w / 2, cy - h / 2, 1 - cy - h / 2)
     if min(edges) < -1e-6:
-        raise DataError(f"{where}: the box {box} lies outside the picture; it is in shares of it")
+        raise DataError(f"{where}: the box {box} lies outside the picture; it is in its shares")
     rest = {"identity": clip.parts[0], "file": file, "box": box, "where": where}
     return rest | {"emotion": row["emotion"], "registered": row["registered"] == "1"}
 
