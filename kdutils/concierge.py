@@ -5,7 +5,9 @@ Runtime, and keeps embeddings in SQLite. It must not know how networks are train
 """
 
 import json
+import platform
 import sqlite3
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -328,6 +330,27 @@ def recognise(
             writer.close()
 
 
+@app.command("time")
+def time_it(
+    model: Model = None,
+    engine: Engine = "",
+    threads: Threads = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Clips that are timed.")] = 200,
+):
+    """Milliseconds a clip (quartiles) on this machine, as JSON, after a warm-up."""
+    totem, taken = Totem(model or newest(), engine, threads), []
+    shape = (totem.frames, totem.size, totem.size, 3)
+    clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for _ in range(10 + repeats):
+        started = time.perf_counter()
+        totem.look(clip)
+        taken.append(1000 * (time.perf_counter() - started))
+    quartiles = [round(float(v), 4) for v in np.percentile(taken[10:], [25, 50, 75])]
+    where = {"machine": platform.machine(), "system": platform.platform(), "threads": threads}
+    model_is = {"engine": totem.engine, "model": totem.identity[:12]}
+    print(json.dumps({"milliseconds": quartiles, "clips": repeats} | model_is | where))
+
+
 @app.command("forget")
 def forget(name: Name, database: Database = PEOPLE):
     """Remove a person's data."""
@@ -342,3 +365,10 @@ def list_people(database: Database = PEOPLE):
     with People(database) as people:
         for name in people.names():
             print(name)
+
+
+if __name__ == "__main__":  # on a device, where the rest of kdutils' libraries may be absent
+    try:
+        app()
+    except TotemError as error:
+        sys.exit(f"kdutils: {error}")

@@ -62,8 +62,13 @@ class Recordings(NamedTuple):
         digest = hashlib.sha256(f"{self.registered} {self.known}".encode())
         for part in self[:3]:
             for values in part:
-                digest.update(values.tobytes())
+                digest.update(_bytes(values))
         return digest.hexdigest()
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    """An array's bytes without a copy of them."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 @lru_cache(maxsize=1)
@@ -173,9 +178,9 @@ class Clips(data.Batches):
         self.flip, self.shuffle = flip, shuffle
         self.device = torch.device(device)
         self.part = part
-        digest = hashlib.sha256(part.clips.tobytes())
-        for values in part[1:]:
-            digest.update(values.tobytes())
+        digest = hashlib.sha256()
+        for values in part:
+            digest.update(_bytes(values))
         self._content = digest.hexdigest()
         self.clips = torch.as_tensor(part.clips, device=self.device)
         self.boxes = torch.as_tensor(part.boxes, device=self.device)
