@@ -21,7 +21,9 @@ from kdutils import files
 
 KEYS = ("frames", "size", "emotions", "heads", "threshold", "files")
 HEADS = ("emotion", "face", "embedding")
-app = typer.Typer(help="The concierge on a device: box, emotion, and who it is.")
+app = typer.Typer(
+    help="The concierge on a device: box, emotion, and who it is.", pretty_exceptions_enable=False
+)
 
 
 class TotemError(RuntimeError):

@@ -81,21 +81,22 @@ def drawn(
     seed: int,
     frames: int,
     size: int,
+    play: tuple[float, float, float] = scenes.Play(),
     jobs: int = 1,
 ) -> Recordings:
     """Talking scenes, drawn once and kept as one file in the folder of datasets.
 
     People: ``registered`` ones, ``others`` who are in training too, and ``strangers`` of validation
     and of test. ``clips`` are counts for training, validation and test; half of validation and test
-    are strangers'. A file that is damaged is set aside, and one drawn by other code is not read.
-    Raises ValueError naming what is too small.
+    are strangers'; ``play`` is :class:`scenes.Play`. A file that is damaged is set aside, and one
+    drawn by other code is not read. Raises ValueError naming what is too small.
     """
     from filelock import FileLock
 
     wanted = {"registered": registered, "others": others, "strangers": strangers, "clips": clips}
     if registered < 1 or min(strangers) < 1 or min(clips) < 2:
         raise ValueError(f"{wanted}: one registered person, one stranger and 2 clips are needed")
-    wanted |= {"seed": seed, "frames": frames, "size": size}
+    wanted |= {"seed": seed, "frames": frames, "size": size, "play": play}
     drawing = files.sha256(Path(scenes.__file__))
     name = hashlib.sha256(f"{json.dumps(wanted)} {drawing}".encode()).hexdigest()[:16]
     path = data.folder() / f"scenes-{name}.npz"
@@ -135,6 +136,7 @@ def _draw(wanted: dict, jobs: int) -> Recordings:
     users, known = list(range(registered)), list(range(ends[1]))
     unknown = [list(range(a, b)) for a, b in pairwise(ends[1:])]
     options = {"frames": wanted["frames"], "size": wanted["size"], "jobs": jobs}
+    options["play"] = scenes.Play(*wanted["play"])
     seeds = iter(range(5 * wanted["seed"], 5 * wanted["seed"] + 5))
 
     def part(*groups):

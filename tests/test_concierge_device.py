@@ -23,7 +23,7 @@ for name in ("torch", "torchvision", "lightning_fabric", *BARRED):
     sys.modules[name] = None
 """
 PROGRAM = f"BARRED = []{WITHOUT_TORCH}from kdutils.__main__ import main\nmain()"
-ALONE = f"BARRED = ['pandas', 'scipy', 'pydantic', 'joblib', 'safetensors']{WITHOUT_TORCH}"
+ALONE = f"BARRED = ['pandas', 'scipy', 'joblib', 'safetensors']{WITHOUT_TORCH}"
 ALONE += (
     "import runpy, sys\nsys.argv.pop(1)\nrunpy.run_module('kdutils.concierge', run_name='__main__')"
 )
