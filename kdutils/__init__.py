@@ -8,8 +8,8 @@ import lazy_loader as lazy
 
 __version__ = "0.1.0"
 
-_ROOMS = ["data", "figures", "files", "losses", "metrics", "models", "notebooks", "parameters"]
-_ROOMS += ["pictures", "records", "runs", "train", "verdicts"]
+_ROOMS = ["concierge", "data", "figures", "files", "losses", "metrics", "models", "notebooks"]
+_ROOMS += ["parameters", "pictures", "recordings", "records", "runs", "scenes", "train", "verdicts"]
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=_ROOMS,

@@ -1,4 +1,4 @@
-"""The command line: run, data, publish, verify, sync, claims."""
+"""The command line: run, data, publish, verify, sync, claims, concierge."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kdutils import data, notebooks, parameters, pictures, records, runs
+from kdutils import concierge, data, notebooks, parameters, pictures, records, runs
 
 app = typer.Typer(
     help="Rerun the compendium's studies and read their records.",
@@ -18,9 +18,11 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Datasets: which there are, where they lie, getting them.")
 app.add_typer(data_app, name="data", no_args_is_help=True)
+app.add_typer(concierge.app, name="concierge", no_args_is_help=True)
 
 Study = Annotated[str, typer.Argument(help="A study's name, e.g. eskd.")]
 EXPECTED = (
+    concierge.TotemError,
     data.DataError,
     notebooks.NotebookFailed,
     notebooks.UnknownStudy,

@@ -19,6 +19,7 @@ from kdutils import data, files
 
 PROJECT = Path(__file__).parent.parent
 SOURCE_ROOMS = ("data", "losses", "metrics", "models", "pictures", "train")
+WHOLE_ROOMS = ("recordings", "scenes")  # counted whole, and only where the room itself is named
 VERSIONS = ("lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
 
 
@@ -149,6 +150,10 @@ def source_hash(function: Callable) -> str:
                 if found is not None and _shape(_without_docstrings(found)) not in reached:
                     waiting.append(found)
     return hashlib.sha256("\n".join(sorted(reached)).encode()).hexdigest()
+
+
+def _tree(room: str) -> ast.Module:
+    return ast.parse((Path(__file__).parent / f"{room}.py").read_text())
 
 
 def _definition(function: Callable) -> ast.AST:

@@ -32,6 +32,19 @@ HAIRS = ((0.10, 0.08, 0.07), (0.32, 0.19, 0.11), (0.72, 0.55, 0.28), (0.58, 0.58
 IRISES = ((0.25, 0.15, 0.08), (0.20, 0.38, 0.60), (0.25, 0.45, 0.25), (0.40, 0.42, 0.45))
 
 
+class Play(NamedTuple):
+    """How hard clips are to read: faint emotions, moving and covered heads.
+
+    ``weakest`` (0 to 1) is the smallest strength of an emotion, the largest being 1; ``drift`` how
+    far a head moves during a clip at most, as a share of the picture; ``covered`` the share of
+    clips in which something hides a part of the face.
+    """
+
+    weakest: float = 0.45
+    drift: float = 0.06
+    covered: float = 0.25
+
+
 class Scenes(NamedTuple):
     """Clips (N, F, H, W, 3) uint8, with what is to be found in them.
 
@@ -46,7 +59,14 @@ class Scenes(NamedTuple):
 
 
 def draw(
-    identities: list[int], n: int, *, seed: int, frames: int = 8, size: int = 64, jobs: int = 1
+    identities: list[int],
+    n: int,
+    *,
+    seed: int,
+    frames: int = 8,
+    size: int = 64,
+    jobs: int = 1,
+    play: Play = Play(),  # noqa: B008 - it cannot be changed
 ) -> Scenes:
     """``n`` clips of these people, people and emotions in turn, so that all occur equally often.
 
@@ -62,8 +82,9 @@ def draw(
         )
     people = [int(identities[i % len(identities)]) for i in range(n)]
     feelings = [i // len(identities) % len(EMOTIONS) for i in range(n)]
+    options = {"seed": seed, "frames": frames, "size": size, "play": play}
     calls = (
-        joblib.delayed(clip)(person, feeling, seed=seed, index=i, frames=frames, size=size)
+        joblib.delayed(clip)(person, feeling, index=i, **options)
         for i, (person, feeling) in enumerate(zip(people, feelings, strict=True))
     )
     found = joblib.Parallel(n_jobs=jobs, batch_size=64)(calls)
@@ -75,13 +96,20 @@ def draw(
 
 
 def clip(
-    identity: int, emotion: int, *, seed: int, index: int, frames: int = 8, size: int = 64
+    identity: int,
+    emotion: int,
+    *,
+    seed: int,
+    index: int,
+    frames: int = 8,
+    size: int = 64,
+    play: Play = Play(),  # noqa: B008 - it cannot be changed
 ) -> tuple[np.ndarray, np.ndarray]:
     """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32."""
     person, take = _Draws(PEOPLE, identity), _Draws(seed, index)
-    canvas = _Canvas(take, person(0.70, 0.92), frames, size)
+    canvas = _Canvas(take, person(0.70, 0.92), frames, size, play)
     _background(canvas, take)
-    _head(canvas, person, _units(emotion, take, frames), take)
+    _head(canvas, person, _units(emotion, take, frames, play.weakest), take)
     canvas.finish(take)
     return canvas.bytes(take), canvas.box(frames // 2)
 
@@ -106,9 +134,9 @@ class _Draws:
         return first + (second - first) * (at - np.float32(int(at)))
 
 
-def _units(emotion: int, take: _Draws, frames: int) -> dict[str, np.ndarray]:
+def _units(emotion: int, take: _Draws, frames: int, weakest=0.45) -> dict[str, np.ndarray]:
     """Each action unit over time, (F, 1, 1): from about 0 to the clip's own apex."""
-    onset, rise, strength = take(0.0, 0.3), take(0.3, 0.6), take(0.45, 1.0)
+    onset, rise, strength = take(0.0, 0.3), take(0.3, 0.6), take(weakest, 1.0)
     time = np.arange(frames, dtype=np.float32) / np.float32(frames - 1)
     ramp = np.clip((time - onset) / rise, 0, 1)
     ramp = (ramp * ramp * (3 - 2 * ramp))[:, None, None]
@@ -129,8 +157,8 @@ def _units(emotion: int, take: _Draws, frames: int) -> dict[str, np.ndarray]:
 class _Canvas:
     """Frames (F, H, W) of three colours, and where the head is in each of them."""
 
-    def __init__(self, take: _Draws, aspect: np.float32, frames: int, size: int):
-        self.size, self.aspect = size, aspect
+    def __init__(self, take: _Draws, aspect: np.float32, frames: int, size: int, play: Play):
+        self.size, self.aspect, self.covered = size, aspect, play.covered
         height = take(0.20, 0.33)  # of the head: half of it, as a share of the picture
         half = take(-0.14, 0.14)  # tangent of half the angle of rotation
         self.cos, self.sin = (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
@@ -138,7 +166,7 @@ class _Canvas:
         reach = np.sqrt(wide * wide + self.sin * self.sin) * height
         stand = np.sqrt(tall * tall + self.cos * self.cos) * height
         time = (np.arange(frames, dtype=np.float32) / np.float32(frames - 1))[:, None, None]
-        drift = take(-0.06, 0.06), take(-0.03, 0.03)
+        drift = take(-play.drift, play.drift), take(-play.drift / 2, play.drift / 2)
         margin = np.float32(0.04)
         self.x = np.clip(take(0.25, 0.75) + drift[0] * time, reach + margin, 1 - reach - margin)
         self.y = np.clip(take(0.35, 0.60) + drift[1] * time, stand + margin, 1 - stand - margin)
@@ -175,7 +203,7 @@ class _Canvas:
 
     def finish(self, take: _Draws) -> None:
         """Occlusion, light, blur."""
-        if take() < 0.25:
+        if take() < self.covered:
             x, y = take(-0.9, 0.9) * self.aspect, take(-0.6, 1.0)
             cover = self.ellipse(x, y, take(0.15, 0.45), take(0.15, 0.45))
             self.paint(cover, take.colour())

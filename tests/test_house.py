@@ -217,8 +217,9 @@ def test_kdutils_stays_small():
     rooms = (ROOT / "kdutils").glob("*.py")
     lines = {path.name: code_lines(path.read_text(encoding="utf-8")) for path in rooms}
     assert {name: count for name, count in lines.items() if count > 300} == {}
-    counted = {name: n for name, n in lines.items() if name not in ("scenes.py", "pictures.py")}
-    assert sum(counted.values()) <= 1850  # roads for data are read by those who take them
+    # Roads for data are read by those who take them, and what runs on a device stands alone.
+    aside = {"scenes.py", "pictures.py", "recordings.py", "concierge.py"}
+    assert sum(n for name, n in lines.items() if name not in aside) <= 1850
 
 
 def test_reading_needs_no_pytorch():

@@ -119,3 +119,22 @@ def test_a_person_is_the_same_in_every_clip_and_people_differ(monkeypatch):
 def test_too_little_to_draw_is_refused_in_one_sentence(identities, frames, size):
     with pytest.raises(ValueError, match="at least one person, 2 frames and 16 pixels"):
         scenes.draw(identities, 3, seed=0, frames=frames, size=size)
+
+
+def test_play_decides_how_hard_clips_are_and_defaults_to_the_hardest():
+    hard = scenes.clip(1, 4, seed=0, index=0, frames=3, size=32)
+    assert np.array_equal(hard[0], scenes.clip(1, 4, seed=0, index=0, frames=3, size=32)[0])
+    still = scenes.Play(weakest=1.0, drift=0.0, covered=0.0)
+    canvas = scenes._Canvas(scenes._Draws(0, 1), np.float32(0.8), 4, 32, still)
+    assert np.ptp(canvas.x) == np.ptp(canvas.y) == 0
+    ends = [
+        float(scenes._units(6, scenes._Draws(1, k), 8, w)["jaw_drop"][-1, 0, 0])
+        for k in range(5)
+        for w in (0.45, 1.0)
+    ]
+    assert ends[::2] == ends[1::2]  # neutral has no strength
+    apex = [
+        float(scenes._units(5, scenes._Draws(1, k), 8, 1.0)["jaw_drop"][-1, 0, 0])
+        for k in range(40)
+    ]
+    assert min(apex) >= 0.5

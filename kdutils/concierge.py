@@ -1,0 +1,376 @@
+"""The device's program: enrol people from a clip, recognise them, forget them. No PyTorch.
+
+Reads what the study's last run wrote (``model.json`` and the files it names), asks OpenVINO or ONNX
+Runtime, and keeps embeddings in SQLite. It must not know how networks are trained.
+"""
+
+import json
+import platform
+import sqlite3
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from kdutils import files
+
+KEYS = ("frames", "size", "emotions", "heads", "threshold", "files")
+HEADS = ("emotion", "face", "embedding")
+app = typer.Typer(
+    help="The concierge on a device: box, emotion, and who it is.", pretty_exceptions_enable=False
+)
+
+
+class TotemError(RuntimeError):
+    """A model, a database, a video or a name cannot be used; the message says which and why."""
+
+
+class Totem:
+    """A student in an engine, as ``model.json`` in ``folder`` describes it.
+
+    ``engine`` is ``openvino`` (int8), ``onnxruntime``, or empty for the first that is there.
+    Raises :class:`TotemError` naming the file that is absent, damaged or unreadable.
+    """
+
+    def __init__(self, folder: Path, engine: str = "", threads: int = 0):
+        self.folder, path = Path(folder), Path(folder) / "model.json"
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            self.frames, self.size, self.emotions, heads, self.threshold, named = (
+                told[key] for key in KEYS
+            )
+            self.heads = {name: slice(*heads[name]) for name in HEADS}
+        except FileNotFoundError:
+            raise TotemError(f"{path} does not exist: run the study, or name its folder") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise TotemError(f"{path} is damaged ({error!r})") from None
+        for name, expected in named.items():
+            file = self.folder / name
+            if Path(name).name != name or not file.exists():
+                raise TotemError(f"{file} does not exist, though {path} names it")
+            if files.sha256(file) != expected:
+                raise TotemError(f"{file} is damaged: its SHA-256 is not the one in {path}")
+        self.identity = files.sha256(path)
+        self.engine = self._choose(engine, named)
+        self._look = ENGINES[self.engine][1](self.folder, threads)
+
+    def _choose(self, wanted: str, named: dict) -> str:
+        if wanted and wanted not in ENGINES:
+            raise TotemError(f"unknown engine {wanted!r}; engines: {', '.join(ENGINES)}")
+        for name, (file, _) in ENGINES.items():
+            if file in named and find_spec(name) and wanted in ("", name):
+                return name
+        raise TotemError(
+            f"no engine can read {self.folder}: install {wanted or 'openvino or onnxruntime'}, "
+            "or run the study with it"
+        )
+
+    def look(self, clip: np.ndarray) -> dict:
+        """What is seen in a clip (F, S, S, 3) uint8: probabilities, box, embedding (D,)."""
+        values = clip.transpose(1, 2, 0, 3).reshape(self.size, self.size, -1)
+        values = values.transpose(2, 0, 1)[None].astype(np.float32) / 255 - np.float32(0.5)
+        out = self._look(np.ascontiguousarray(values))[0]
+        logits = out[self.heads["emotion"]]
+        powers = np.exp(logits - logits.max())
+        return {
+            "probabilities": powers / powers.sum(),
+            "box": out[self.heads["face"]],
+            "embedding": _unit(out[self.heads["embedding"]]),
+        }
+
+
+def _openvino(folder: Path, threads: int) -> Callable:
+    import openvino
+
+    options = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    model = openvino.Core().compile_model(str(folder / "student-int8.xml"), "CPU", options)
+    return lambda values: next(iter(model(values).values()))
+
+
+def _onnxruntime(folder: Path, threads: int) -> Callable:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    path, where = str(folder / "student.onnx"), ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(path, options, providers=where)
+    return lambda values: session.run(None, {"clip": values})[0]
+
+
+ENGINES = {  # by falling speed: the file it reads, and how to begin
+    "openvino": ("student-int8.xml", _openvino),
+    "onnxruntime": ("student.onnx", _onnxruntime),
+}
+
+
+def _unit(values: np.ndarray) -> np.ndarray:
+    return values / max(float(np.linalg.norm(values)), 1e-12)
+
+
+class People:
+    """Enrolled people: one embedding each, in an SQLite file of their own; use in ``with``.
+
+    Raises :class:`TotemError` where the file is damaged or is no database of ours.
+    """
+
+    TABLE = "people (name TEXT PRIMARY KEY, embedding BLOB NOT NULL, model TEXT NOT NULL)"
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    def __enter__(self) -> "People":
+        try:
+            self.database = sqlite3.connect(self.path)
+        except sqlite3.Error as error:
+            raise TotemError(f"{self.path} cannot be opened ({error})") from None
+        try:
+            self.database.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
+            (state,) = self.database.execute("PRAGMA quick_check").fetchone()
+            if state != "ok":
+                raise sqlite3.DatabaseError(state)
+            self.database.execute(f"CREATE TABLE IF NOT EXISTS {self.TABLE}")
+            self.database.execute("SELECT name, embedding, model FROM people LIMIT 1")
+        except sqlite3.Error as error:
+            self.database.close()
+            raise TotemError(f"{self.path} is damaged and was not used ({error})") from None
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.database.close()
+
+    def add(self, name: str, embedding: np.ndarray, model: str) -> None:
+        """Keep a person's embedding (D,); a name that is there already is refused."""
+        if not name.strip():
+            raise TotemError("the name is empty")
+        row = (name, embedding.astype("<f4").tobytes(), model)
+        try:
+            with self.database:
+                self.database.execute("INSERT INTO people VALUES (?, ?, ?)", row)
+        except sqlite3.IntegrityError:
+            raise TotemError(f"{name!r} is enrolled already; forget {name!r} first") from None
+
+    def remove(self, name: str) -> None:
+        """Remove a person's data; what the file held of it is overwritten."""
+        with self.database:
+            gone = self.database.execute("DELETE FROM people WHERE name = ?", (name,)).rowcount
+        if not gone:
+            raise TotemError(f"{name!r} is not enrolled in {self.path}")
+        self.database.execute("VACUUM")
+
+    def names(self) -> list[str]:
+        return [name for (name,) in self.database.execute("SELECT name FROM people ORDER BY name")]
+
+    def gallery(self, model: str, width: int) -> tuple[list[str], np.ndarray]:
+        """Names, and their embeddings (N, D); all must have been made by this model."""
+        rows = self.database.execute("SELECT name, embedding, model FROM people ORDER BY name")
+        names, found = [], []
+        for name, content, made_by in rows:
+            if made_by != model:
+                raise TotemError(f"{name!r} was enrolled with another model: forget and enrol anew")
+            values = np.frombuffer(content, "<f4") if len(content) == 4 * width else None
+            if values is None or not np.isfinite(values).all():
+                raise TotemError(f"{self.path} is damaged: the embedding of {name!r} is none")
+            names.append(name)
+            found.append(values)
+        return names, np.array(found).reshape(len(names), width)
+
+
+def recognised(embedding, names: list[str], gallery, threshold: float) -> tuple[str | None, float]:
+    """The enrolled person with the largest cosine, None below the threshold, and that cosine."""
+    if not names:
+        return None, -1.0
+    cosines = gallery @ embedding
+    best = int(cosines.argmax())
+    return (names[best] if cosines[best] > threshold else None), float(cosines[best])
+
+
+def clips(source: str, frames: int, size: int) -> Iterator[tuple[np.ndarray, list]]:
+    """Clips (F, S, S, 3) uint8 of a video file or camera (/dev/video0), with their frames.
+
+    Clips follow one another; an end that is shorter is left out. Raises :class:`TotemError` naming
+    a video that cannot be read or is shorter than a clip.
+    """
+    try:
+        import av
+    except ImportError:
+        raise TotemError("reading video needs PyAV: install the project's extra 'edge'") from None
+    held, any_yet = [], False
+    try:
+        camera = source.startswith("/dev/video")
+        with av.open(source, format="v4l2" if camera else None) as container:
+            for frame in container.decode(video=0):
+                held.append(frame)
+                if len(held) == frames:
+                    small = {"format": "rgb24", "width": size, "height": size}
+                    yield np.stack([one.to_ndarray(**small) for one in held]), held
+                    held, any_yet = [], True
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise TotemError(f"{source} cannot be read ({error})") from None
+    if not any_yet:
+        raise TotemError(f"{source} has {len(held)} frames; a clip needs {frames}")
+
+
+class Film:
+    """A video file of the frames seen, with box, emotion and person drawn in."""
+
+    def __init__(self, path: Path):
+        import av
+
+        try:
+            self.container = av.open(str(path), "w")
+        except (av.FFmpegError, ValueError, OSError) as error:
+            raise TotemError(f"{path} cannot be written ({error})") from None
+        self.stream = None
+
+    def add(self, frames: list, box, text: str, rate) -> None:
+        import av
+        from PIL import Image, ImageDraw
+
+        for frame in frames:
+            picture = frame.to_image()
+            even = [side - side % 2 for side in picture.size]  # the codec asks for it
+            picture = picture.resize(even, Image.Resampling.BILINEAR)
+            cx, cy, w, h = (v * side for v, side in zip(box, even * 2, strict=True))
+            drawing = ImageDraw.Draw(picture)
+            corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
+            drawing.rectangle([*map(float, corners)], outline=(0, 255, 0), width=2)
+            drawing.text((4, 4), text, fill=(0, 255, 0))
+            if self.stream is None:
+                self.stream = self.container.add_stream("mpeg4", rate=rate)
+                self.stream.width, self.stream.height = even
+                self.stream.pix_fmt = "yuv420p"
+            self.container.mux(self.stream.encode(av.VideoFrame.from_image(picture)))
+
+    def close(self) -> None:
+        if self.stream is not None:
+            self.container.mux(self.stream.encode())
+        self.container.close()
+
+
+def newest() -> Path:
+    """The folder that the study wrote last on this machine."""
+    from kdutils import records
+
+    found = list((records.runs_folder() / "concierge").glob("edge-*/model.json"))
+    if not found:
+        raise TotemError("no model on this machine: run the study, or name a folder with --model")
+    return max(found, key=lambda path: path.stat().st_mtime).parent
+
+
+Model = Annotated[Path | None, typer.Option(help="Folder with model.json; else the newest.")]
+Database = Annotated[Path, typer.Option(help="The SQLite file of enrolled people.")]
+Engine = Annotated[str, typer.Option(help="openvino or onnxruntime; else the first there is.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of the engine; 0: as it likes.")]
+Name = Annotated[str, typer.Argument(help="The person's name.")]
+PEOPLE = Path("concierge.sqlite3")
+
+
+@app.command("enrol")
+def enrol(
+    name: Name,
+    video: Annotated[Path, typer.Argument(help="A video file of this person alone.")],
+    model: Model = None,
+    database: Database = PEOPLE,
+    engine: Engine = "",
+    threads: Threads = 0,
+):
+    """Keep a person's embedding; of the pictures nothing is kept."""
+    totem = Totem(model or newest(), engine, threads)
+    seen = [totem.look(clip) for clip, _ in clips(str(video), totem.frames, totem.size)]
+    embedding = _unit(np.mean([found["embedding"] for found in seen], 0))
+    with People(database) as people:
+        people.add(name, embedding, totem.identity)
+    print(f"{name} is enrolled from {len(seen)} clips")
+
+
+@app.command("recognise")
+def recognise(
+    source: Annotated[str, typer.Argument(help="A video file, or a camera: /dev/video0.")],
+    model: Model = None,
+    database: Database = PEOPLE,
+    video: Annotated[Path | None, typer.Option(help="Write an annotated video here.")] = None,
+    engine: Engine = "",
+    threads: Threads = 0,
+):
+    """Box, emotion and person or stranger of every clip, as JSON lines with frames a second."""
+    totem = Totem(model or newest(), engine, threads)
+    width = totem.heads["embedding"].stop - totem.heads["embedding"].start
+    with People(database) as people:
+        names, gallery = people.gallery(totem.identity, width)
+    writer = Film(video) if video else None
+    try:
+        started = time.perf_counter()
+        for number, (clip, frames) in enumerate(clips(source, totem.frames, totem.size)):
+            found = totem.look(clip)
+            who, cosine = recognised(found["embedding"], names, gallery, totem.threshold)
+            best = int(found["probabilities"].argmax())
+            passed, started = time.perf_counter() - started, time.perf_counter()
+            line = {
+                "frame": number * totem.frames,
+                "box": [round(float(v), 4) for v in found["box"]],
+                "emotion": totem.emotions[best],
+                "probability": round(float(found["probabilities"][best]), 4),
+                "person": who,
+                "cosine": round(cosine, 4),
+                "frames_a_second": round(len(frames) / passed, 1),
+            }
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+            if writer:
+                text = f"{line['emotion']}, {who or 'stranger'}"
+                writer.add(frames, found["box"], text, 25)
+    except KeyboardInterrupt:  # how a camera's run ends
+        pass
+    finally:
+        if writer:
+            writer.close()
+
+
+@app.command("time")
+def time_it(
+    model: Model = None,
+    engine: Engine = "",
+    threads: Threads = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Clips that are timed.")] = 200,
+):
+    """Milliseconds a clip (quartiles) on this machine, as JSON, after a warm-up."""
+    totem, taken = Totem(model or newest(), engine, threads), []
+    shape = (totem.frames, totem.size, totem.size, 3)
+    clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    for _ in range(10 + repeats):
+        started = time.perf_counter()
+        totem.look(clip)
+        taken.append(1000 * (time.perf_counter() - started))
+    quartiles = [round(float(v), 4) for v in np.percentile(taken[10:], [25, 50, 75])]
+    where = {"machine": platform.machine(), "system": platform.platform(), "threads": threads}
+    model_is = {"engine": totem.engine, "model": totem.identity[:12]}
+    print(json.dumps({"milliseconds": quartiles, "clips": repeats} | model_is | where))
+
+
+@app.command("forget")
+def forget(name: Name, database: Database = PEOPLE):
+    """Remove a person's data."""
+    with People(database) as people:
+        people.remove(name)
+    print(f"{name} is forgotten")
+
+
+@app.command("list")
+def list_people(database: Database = PEOPLE):
+    """The names of enrolled people."""
+    with People(database) as people:
+        for name in people.names():
+            print(name)
+
+
+if __name__ == "__main__":  # on a device, where the rest of kdutils' libraries may be absent
+    try:
+        app()
+    except TotemError as error:
+        sys.exit(f"kdutils: {error}")

@@ -1,0 +1,236 @@
+"""The device's program: enrol, recognise, forget, without PyTorch; damage is named, never read."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+from test_recordings import film
+
+from kdutils import concierge, files, notebooks, scenes
+from kdutils.concierge import People, Totem, TotemError
+
+pytest.importorskip("av", reason="PyAV is in the extra 'edge'")
+pytest.importorskip("onnxruntime", reason="engines are in the extra 'edge'")
+
+# PyTorch cannot be imported: what runs here runs on a device that has none.
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "torchvision", "lightning_fabric", *BARRED):
+    sys.modules[name] = None
+"""
+PROGRAM = f"BARRED = []{WITHOUT_TORCH}from kdutils.__main__ import main\nmain()"
+ALONE = f"BARRED = ['pandas', 'scipy', 'joblib', 'safetensors']{WITHOUT_TORCH}"
+ALONE += (
+    "import runpy, sys\nsys.argv.pop(1)\nrunpy.run_module('kdutils.concierge', run_name='__main__')"
+)
+
+
+def program(*words, code=0, start=PROGRAM):
+    command = [sys.executable, "-c", start, "concierge", *map(str, words)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == code, run.stdout + run.stderr
+    return run.stdout if not code else run.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder as the study leaves it, with a network of fresh weights."""
+    import torch
+
+    study = notebooks.procedure("concierge", {"scale": "laptop", "train_missing": False})
+    folder = tmp_path_factory.mktemp("model")
+    shape = {"embedding": 8, "frames": 4, "size": 32}
+    network = study["build"]("multimodal", 4, 1, 5, 0, **shape).eval()
+    study["exported"](network, torch.zeros(1, 12, 32, 32), folder / "student.onnx")
+    where = study["layout"]("multimodal", 5, 8)
+    content = {"frames": 4, "size": 32, "emotions": study["EMOTIONS"], "threshold": 0.999}
+    content["heads"] = {head: [at.start, at.stop] for head, at in where.items()}
+    content["files"] = {"student.onnx": files.sha256(folder / "student.onnx")}
+    (folder / "model.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """Two videos of two clips each: ``a.mp4`` and ``b.mp4``, of different people."""
+    found = []
+    for k, name in enumerate("ab"):
+        clips = [scenes.clip(90 + k, e, seed=k, index=e, frames=4, size=64)[0] for e in (0, 3)]
+        film(tmp_path / f"{name}.mp4", np.concatenate(clips))
+        found.append(tmp_path / f"{name}.mp4")
+    return found
+
+
+def test_a_person_is_enrolled_recognised_and_forgotten_without_pytorch(model, videos, tmp_path):
+    base = tmp_path / "people.sqlite3"
+    at, seen = ("--database", base), tmp_path / "seen.mp4"
+    light = partial(program, start=ALONE)
+    assert light("enrol", "Żaneta", videos[0], "--model", model, *at).startswith("Żaneta is enr")
+    assert light("list", *at) == "Żaneta\n"
+    said = light("recognise", videos[0], "--model", model, *at, "--video", seen)
+    lines = [json.loads(line) for line in said.splitlines()]
+    assert [line["frame"] for line in lines] == [0, 4]
+    for line in lines:
+        assert line["emotion"] in scenes.EMOTIONS
+        assert len(line["box"]) == 4
+        assert -1 <= line["cosine"] <= 1
+        assert line["frames_a_second"] > 0
+        assert line["person"] == ("Żaneta" if line["cosine"] > 0.999 else None)
+    assert len(list(concierge.clips(str(seen), 8, 32))) == 1  # every frame is in it
+    assert light("forget", "Żaneta", *at) == "Żaneta is forgotten\n"
+    assert light("list", *at) == ""
+    content = base.read_bytes()
+    assert "Żaneta".encode() not in content
+
+
+def test_what_is_forgotten_leaves_no_bytes(tmp_path):
+    embedding = np.random.default_rng(0).random(64).astype("<f4")
+    with People(tmp_path / "p.sqlite3") as people:
+        people.add("Ada", embedding, "m")
+        people.add("Bo", embedding[::-1].copy(), "m")
+        people.remove("Ada")
+        assert people.names() == ["Bo"]
+    content = (tmp_path / "p.sqlite3").read_bytes()
+    assert b"Ada" not in content
+    assert embedding.tobytes()[:32] not in content
+    assert embedding[::-1].tobytes()[:32] in content
+
+
+def test_the_nearest_enrolled_person_is_taken_and_a_stranger_refused():
+    gallery = np.eye(3)[:2]
+    assert concierge.recognised(np.array([0.6, 0.8, 0]), ["a", "b"], gallery, 0.7) == ("b", 0.8)
+    assert concierge.recognised(np.array([0, 0, 1.0]), ["a", "b"], gallery, 0.7) == (None, 0.0)
+    assert concierge.recognised(np.array([0, 0, 1.0]), [], gallery[:0], 0.7) == (None, -1.0)
+
+
+def test_the_clip_goes_in_as_in_training(model):
+    from kdutils import recordings
+
+    found = scenes.draw([1], 1, seed=0, frames=4, size=32)
+    part = recordings.Part(*found, np.ones(1, bool))
+    (batch,) = recordings.Clips(part, batch_size=1)(1)
+    taken = []
+    totem = Totem(model, "onnxruntime")
+    look = totem._look
+    totem._look = lambda values: taken.append(values) or look(values)
+    said = totem.look(found.clips[0])
+    np.testing.assert_allclose(taken[0], batch.images.numpy(), atol=1e-6)
+    assert said["probabilities"].sum() == pytest.approx(1, abs=1e-5)
+    assert np.linalg.norm(said["embedding"]) == pytest.approx(1, abs=1e-5)
+
+
+def damaged_model(folder, model, how):
+    copy = folder / "copy"
+    copy.mkdir()
+    for path in model.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    how(copy)
+    return copy
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def rename(path):
+    content = json.loads(path.read_text())
+    content["files"] = {"../student.onnx": "0"}
+    path.write_text(json.dumps(content))
+
+
+DAMAGE = {
+    "a bit": (lambda f: flip(f / "student.onnx"), r"student\.onnx is damaged: its SHA-256"),
+    "a file": (lambda f: (f / "student.onnx").unlink(), r"student\.onnx does not exist, though"),
+    "no JSON": (lambda f: (f / "model.json").write_text("{"), r"model\.json is damaged"),
+    "a key": (lambda f: (f / "model.json").write_text("{}"), r"model\.json is damaged .*'frames'"),
+    "climbs out": (lambda f: rename(f / "model.json"), r"\.\./student\.onnx does not exist"),
+    "all": (lambda f: (f / "model.json").unlink(), r"model\.json does not exist"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_model_is_named_and_not_read(damage, model, tmp_path):
+    how, sentence = DAMAGE[damage]
+    with pytest.raises(TotemError, match=sentence):
+        Totem(damaged_model(tmp_path, model, how))
+
+
+def test_an_engine_that_cannot_be_had_is_said(model, monkeypatch):
+    with pytest.raises(TotemError, match="unknown engine 'tflite'; engines: openvino, onnxruntime"):
+        Totem(model, "tflite")
+    with pytest.raises(TotemError, match=r"no engine can read .*: install openvino"):
+        Totem(model, "openvino")  # there is no int8 file in this folder
+    monkeypatch.setattr(concierge, "find_spec", lambda name: None)
+    with pytest.raises(TotemError, match="install openvino or onnxruntime"):
+        Totem(model)
+
+
+def test_a_damaged_database_is_named_and_not_half_read(tmp_path):
+    path = tmp_path / "p.sqlite3"
+    path.write_bytes(b"no database, but long enough to be taken for one" * 40)
+    with pytest.raises(TotemError, match=r"p\.sqlite3 is damaged and was not used"), People(path):
+        pass
+    path.unlink()
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE people (id INTEGER)")
+    with pytest.raises(TotemError, match=r"p\.sqlite3 is damaged"), People(path):
+        pass
+    path.unlink()
+    with People(path) as people:
+        people.add("Ada", np.ones(4, "<f4"), "m")
+        people.database.execute("UPDATE people SET embedding = x'00'")
+        with pytest.raises(TotemError, match="damaged: the embedding of 'Ada' is none"):
+            people.gallery("m", 4)
+
+
+def test_people_enrolled_with_another_model_are_not_compared(tmp_path):
+    with People(tmp_path / "p.sqlite3") as people:
+        people.add("Ada", np.ones(4, "<f4"), "old")
+        with pytest.raises(TotemError, match="'Ada' was enrolled with another model"):
+            people.gallery("new", 4)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["forget", "Nobody"], "'Nobody' is not enrolled in "),
+        (["enrol", "Ada", "missing.mp4"], "missing.mp4 cannot be read"),
+        (["recognise", "missing.mp4"], "missing.mp4 cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_sentence(words, sentence, model, tmp_path):
+    options = ["--database", tmp_path / "p.sqlite3"]
+    options += ["--model", model] if words[0] != "forget" else []
+    assert program(*words, *options, code=2).startswith(f"kdutils: {sentence}")
+
+
+def test_a_name_twice_a_short_video_and_no_model_are_refused(model, tmp_path):
+    with People(tmp_path / "p.sqlite3") as people:
+        people.add("Ada", np.ones(4, "<f4"), "m")
+        with pytest.raises(TotemError, match="'Ada' is enrolled already; forget 'Ada' first"):
+            people.add("Ada", np.ones(4, "<f4"), "m")
+        with pytest.raises(TotemError, match="the name is empty"):
+            people.add(" ", np.ones(4, "<f4"), "m")
+    film(tmp_path / "short.mp4", np.zeros((3, 64, 64, 3), np.uint8))
+    with pytest.raises(TotemError, match=r"short\.mp4 has 3 frames; a clip needs 4"):
+        list(concierge.clips(str(tmp_path / "short.mp4"), 4, 32))
+    with pytest.raises(TotemError, match="no model on this machine"):
+        concierge.newest()
+
+
+def test_time_is_measured_on_a_device_that_has_little(model):
+    found = json.loads(program("time", "--model", model, "--repeats", 5, start=ALONE))
+    low, middle, high = found["milliseconds"]
+    assert 0 < low <= middle <= high
+    assert found["engine"] == "onnxruntime"
+
+
+@pytest.mark.parametrize("command", ["enrol", "recognise", "forget", "list", "time"])
+def test_every_command_has_help(command):
+    assert "Usage" in program(command, "--help")

@@ -1,0 +1,292 @@
+"""Study 1: its losses head by head, its measures, its engines, and a folder of faces end to end."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import test_recordings
+import torch
+import torch.nn.functional as F
+
+from kdutils import notebooks, records, scenes
+
+SHAPE = {"embedding": 8, "frames": 4, "size": 32}
+SETTING = {
+    "folder": "",
+    "registered": 3,
+    "others": 2,
+    "strangers": [2, 2],
+    "clips": [35, 42, 42],
+    "data_seed": 0,
+    "weakest": 0.7,
+    "drift": 0.02,
+    "covered": 0.15,
+    "frames": 3,
+    "size": 16,
+    "embedding": 4,
+    "epochs": 1,
+    "batch_size": 16,
+    "lr": 0.002,
+    "pad": 1,
+    "box_weight": 10.0,
+    "false_accepts": 0.1,
+}
+LARGE, SMALL = {"width": 4, "depth": 1}, {"width": 2, "depth": 1}
+
+
+@pytest.fixture(scope="module")
+def study():
+    return notebooks.procedure("concierge", {"scale": "laptop", "train_missing": False})
+
+
+def parameters_of(study):
+    return {k: study[k] for k in study["Setting"].model_fields}
+
+
+# Scenes
+
+
+def test_emotions_are_told_apart_by_their_true_action_units_and_people_by_their_geometry():
+    """A linear classifier on what is drawn gets it right: the labels are those of the drawing."""
+    from sklearn.linear_model import LogisticRegression
+
+    rows, labels = [], []
+    for k in range(490):
+        units = scenes._units(k % 7, scenes._Draws(1, k), 8)
+        rows.append([float(units[name][-1, 0, 0]) for name in scenes.UNITS])
+        labels.append(k % 7)
+    found = LogisticRegression(C=100, max_iter=1000).fit(rows[:350], labels[:350])
+    assert found.score(rows[350:], labels[350:]) > 0.97
+    looks = [[scenes._Draws(scenes.PEOPLE, k)() for _ in range(1)] for k in range(200)]
+    assert len({value for (value,) in map(tuple, looks)}) > 195
+
+
+def test_the_records_of_this_study_name_the_code_that_drew_and_those_of_others_do_not(
+    study, monkeypatch
+):
+    ours = study["teacher"].source
+    other = notebooks.procedure("eskd", {"scale": "laptop"})["teacher"]
+    theirs = other.source
+    tree = records._tree
+
+    def changed(room):
+        found = tree(room)
+        if room == "scenes":
+            found.body.append(tree("files").body[-1])
+        return found
+
+    monkeypatch.setattr(records, "_tree", changed)
+    assert records.source_hash(study["teacher"].function) != ours
+    assert records.source_hash(other.function) == theirs
+
+
+# Losses
+
+
+def batch(n=2):
+    return SimpleNamespace(
+        emotions=torch.tensor([0, 3])[:n],
+        people=torch.tensor([1, 0])[:n],
+        boxes=torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.4, 0.6, 0.3, 0.5]])[:n],
+    )
+
+
+HOW = {"emotion_temperature": 2.0, "emotion_alpha": 0.25, "user_temperature": 3.0}
+HOW |= {"user_alpha": 0.5, "box_nu": 0.5, "bounded": True, "margin": 0.0}
+
+
+def test_losses_of_each_head_are_as_computed_by_hand(study):
+    where = study["layout"]("multimodal", 2, 3)
+    torch.manual_seed(0)
+    ours, theirs = (torch.rand(2, 7 + 4 + 2 + 3) for _ in range(2))
+    given = batch()
+    found = study["terms"](ours, given, where, theirs, HOW)
+    for head, labels, T in (("emotion", given.emotions, 2.0), ("user", given.people, 3.0)):
+        z, t = ours[:, where[head]].double().numpy(), theirs[:, where[head]].double().numpy()
+
+        def soft(rows, T):
+            powers = np.exp(rows / T)
+            return powers / powers.sum(1, keepdims=True)
+
+        hard = -np.mean([math.log(soft(z, 1)[i, int(labels[i])]) for i in range(2)])
+        p, q = soft(t, T), soft(z, T)
+        kl = T * T * np.mean((p * np.log(p / q)).sum(1))
+        assert float(found[head][0]) == pytest.approx(hard, abs=1e-5)
+        assert float(found[head][1]) == pytest.approx(kl, abs=1e-5)
+
+    def smooth(d):
+        return np.where(np.abs(d) < 0.05, d * d / 0.1, np.abs(d) - 0.025)
+
+    b, c, y = (
+        v.double().numpy() for v in (ours[:, where["face"]], theirs[:, where["face"]], given.boxes)
+    )
+    better = ((b - y) ** 2).sum(1) > ((c - y) ** 2).sum(1)
+    assert float(found["face"][0]) == pytest.approx(smooth(b - y).mean(), abs=1e-5)
+    assert float(found["face"][1]) == pytest.approx(
+        (smooth(b - c).mean(1) * better).mean(), abs=1e-5
+    )
+    value = 0.75 * found["emotion"][0] + 0.25 * found["emotion"][1]
+    value = value + 0.5 * (found["user"][0] + found["user"][1])
+    value = value + 10 * (found["face"][0] + 0.5 * found["face"][1])
+    assert float(study["total"](found, 10.0, HOW)) == pytest.approx(float(value), abs=1e-5)
+
+
+def test_without_a_teacher_the_losses_are_those_of_the_labels(study):
+    where = study["layout"]("emotion", 2, 3)
+    ours = torch.randn(2, 7)
+    found = study["terms"](ours, batch(), where)
+    assert found["emotion"][1] is None
+    expected = F.cross_entropy(ours, batch().emotions)
+    torch.testing.assert_close(study["total"](found, 10.0), expected)
+
+
+def test_the_teachers_box_is_off_where_the_student_is_better(study):
+    truth = torch.tensor([[0.5, 0.5, 0.4, 0.6]] * 2)
+    good, bad = truth + 0.01, truth + 0.1
+    ours = torch.stack([good[0], bad[1]]).requires_grad_()
+    theirs = torch.stack([bad[0], good[1]])
+    _, soft = study["box_terms"](ours, truth, theirs, True, 0.0)
+    (gradient,) = torch.autograd.grad(soft, ours)
+    assert gradient[0].abs().max() == 0
+    assert gradient[1].abs().min() > 0
+    _, none = study["box_terms"](
+        ours, truth, theirs, True, 1.0
+    )  # better by a margin, or not at all
+    assert float(none) == 0
+    _, both = study["box_terms"](ours, truth, theirs, False, 0.0)
+    assert torch.autograd.grad(both, ours)[0][0].abs().min() > 0
+
+
+# Networks and measures
+
+
+@pytest.mark.parametrize("network", ["emotion", "face", "user", "multimodal"])
+def test_a_network_has_the_heads_of_its_task_side_by_side(study, network):
+    model = study["build"](network, 4, 1, 5, 0, **SHAPE).eval()
+    where = study["layout"](network, 5, 8)
+    out = model(torch.rand(3, 12, 32, 32) - 0.5)
+    assert out.shape == (3, max(at.stop for at in where.values()))
+    assert {"embedding"} ^ set(where) >= set(study["TASKS"][network]) - {"embedding"}
+    if "user" in where:
+        torch.testing.assert_close(out[:, where["embedding"]].norm(dim=1), torch.ones(3))
+    if "face" in where:
+        box = out[:, where["face"]]
+        assert (box > 0).all()
+        assert (box < 1).all()
+    again = study["build"](network, 4, 1, 5, 0, **SHAPE).eval()
+    assert torch.equal(again(torch.zeros(1, 12, 32, 32)), model(torch.zeros(1, 12, 32, 32)))
+
+
+def test_the_emotion_network_sees_all_frames_and_the_image_branch_the_middle_one(study):
+    clip = torch.rand(1, 12, 32, 32) - 0.5
+    changed = clip.clone()
+    changed[:, 9:] += 0.2  # the last frame
+    for network, same in (("emotion", False), ("face", True), ("user", True)):
+        model = study["build"](network, 4, 1, 5, 0, **SHAPE).eval()
+        assert torch.equal(model(clip), model(changed)) == same
+
+
+def test_overlap_by_hand(study):
+    a = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4], [0.2, 0.2, 0.2, 0.2]])
+    b = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.7, 0.5, 0.4, 0.4], [0.8, 0.8, 0.2, 0.2]])
+    torch.testing.assert_close(study["overlap"](a, b), torch.tensor([1.0, 1 / 3, 0.0]))
+
+
+def test_the_threshold_lets_in_no_more_strangers_than_said(study):
+    scores = np.random.default_rng(0).random(1000)
+    for share in (0.01, 0.05, 0.5):
+        found = study["threshold_for"](scores, share)
+        assert (scores > found).mean() <= share
+        assert (scores > found).mean() >= share - 0.002
+
+
+def test_a_gallery_has_one_direction_a_person(study):
+    embeddings = F.normalize(torch.randn(6, 3))
+    found = study["enrol"](embeddings, torch.tensor([1, 0, 1, 0, 1, 0]))
+    expected = F.normalize(embeddings[[1, 3, 5]].mean(0), dim=0)
+    torch.testing.assert_close(found[0], expected)
+    assert found.shape == (2, 3)
+
+
+# Engines
+
+
+def test_engines_give_the_networks_answers_on_drawn_clips(study, tmp_path):
+    pytest.importorskip("onnxruntime", reason="engines are in the extra 'edge'")
+    pytest.importorskip("openvino", reason="engines are in the extra 'edge'")
+    drawn = scenes.draw([0, 1], 6, seed=0, frames=4, size=32).clips
+    rows = torch.as_tensor(drawn).permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+    clips = [(one[None].float() / 255 - 0.5).contiguous() for one in rows]
+    model = study["build"]("multimodal", 4, 1, 5, 0, **SHAPE)
+    model.train()(torch.cat(clips))  # moves the batch norms' means off zero
+    model.eval()
+    samples = [clip.numpy() for clip in clips]
+    with torch.no_grad():
+        expected = torch.cat([model(clip) for clip in clips]).numpy()
+    for runtime, near in (("torch", 1e-6), ("onnxruntime", 1e-4), ("openvino", 1e-4)):
+        look = study["engine_for"](runtime, model, tmp_path / "student", clips[0])
+        found = np.concatenate([look(values) for values in samples])
+        np.testing.assert_allclose(found, expected, atol=near)
+    for runtime in ("onnxruntime-int8", "openvino-int8"):
+        look = study["engine_for"](runtime, model, tmp_path / "student", clips[0], samples)
+        found = np.concatenate([look(values) for values in samples])
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
+
+
+# The page
+
+
+def test_a_wrong_setting_stops_with_one_sentence(study):
+    given = parameters_of(study)
+    check = study["Setting"].check
+    check(given)
+    wrong = [
+        ({"registered": 1}, "parameter registered is 1"),
+        ({"strangers": [20]}, "parameter strangers is"),
+        ({"alpha": 1.5}, "parameter alpha is 1.5"),
+        ({"temperatures": [1.0, 0.0]}, r"parameter temperatures\[1\] is 0.0"),
+        ({"false_accepts": 0.0}, "parameter false_accepts is 0.0"),
+        ({"runtimes": ["openvino"]}, "runtimes must begin with torch, not with 'openvino'"),
+        ({"runtimes": ["torch", "tflite"]}, r"parameter runtimes\[1\] is 'tflite'"),
+        ({"size": 40}, "size is 40; it must be a multiple of 16"),
+        ({"pad": 9}, "pad is 9; it must be at most size / 16 = 4"),
+        ({"bounded": 1}, "parameter bounded is 1"),
+    ]
+    for change, sentence in wrong:
+        with pytest.raises(ValueError, match=sentence):
+            check(given | change)
+
+
+def test_a_missing_engine_is_said_before_anything_is_trained(study, monkeypatch):
+    given = parameters_of(study) | {"train_missing": True}
+    monkeypatch.setitem(study, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="runtimes names onnxruntime, which is not installed"):
+        study["Setting"].check(given)
+    study["Setting"].check(given | {"runtimes": ["torch"]})
+
+
+def trained(setting):
+    """A teacher and its distilled student of one epoch, multimodal; the student's record."""
+    names = notebooks.procedure("concierge", {"scale": "smoke", "train_missing": True})
+    how = names.get("how") or {**HOW}
+    return names["distilled"](
+        network="multimodal", seed=0, master=LARGE, how=how, **SMALL, **setting
+    ).results
+
+
+def test_a_student_is_trained_and_measured_on_drawn_clips():
+    found = trained(SETTING)
+    assert {"emotion_hard", "emotion_soft", "user_soft", "face_soft"} <= set(found["history"][0])
+    for name in ("emotion_accuracy", "user_accuracy", "far", "frr", "iou", "ap50", "auc"):
+        assert 0 <= found[name] <= 1
+    assert len(found["examples"]) == 7
+    assert sum(map(sum, found["confusion"])) == 42
+
+
+@test_recordings.absent
+def test_yale_faces_train_end_to_end(tmp_path):
+    test_recordings.yale(tmp_path)
+    found = trained(SETTING | {"folder": str(tmp_path)})
+    assert found["examples"] == []  # nothing of real people goes into a record
+    assert 0 <= found["emotion_accuracy"] <= 1

@@ -1,0 +1,301 @@
+"""Clips: drawn once and kept, batches whose boxes move along, and folders with every fault."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdutils import recordings, scenes
+from kdutils.data import DataError
+
+YALE = Path(__file__).parent.parent.parent / "shared" / "data" / "yalefaces"
+SMALL = dict(
+    registered=3, others=2, strangers=(2, 2), clips=(35, 26, 26), seed=0, frames=2, size=16
+)
+
+
+@pytest.fixture
+def small():
+    recordings.drawn.cache_clear()
+    yield recordings.drawn(**SMALL)
+    recordings.drawn.cache_clear()
+
+
+def test_strangers_are_never_in_training_and_differ_between_parts(small):
+    people = [set(part.people.tolist()) for part in small[:3]]
+    assert people[0] == set(range(5))
+    for part in (small.validation, small.test):
+        assert set(part.people[part.registered].tolist()) == {0, 1, 2}
+        assert not set(part.people[~part.registered].tolist()) & people[0]
+        assert part.registered.sum() == 13
+    validation, test = (
+        set(p.people[~p.registered].tolist()) for p in (small.validation, small.test)
+    )
+    assert not validation & test
+    assert (small.registered, small.known) == (3, 5)
+
+
+def test_no_clip_of_one_part_equals_a_clip_of_another(small):
+    clips = [clip.tobytes() for part in small[:3] for clip in part.clips]
+    assert len(set(clips)) == len(clips)
+
+
+def test_labels_are_those_of_what_is_drawn(small):
+    for seed, part, base in ((0, small.train, 0), (3, small.test, 0)):
+        for i in (0, 4, 11):
+            pictures, box = scenes.clip(
+                base + int(part.people[i]),
+                int(part.emotions[i]),
+                seed=seed,
+                index=i,
+                frames=2,
+                size=16,
+            )
+            np.testing.assert_array_equal(part.clips[i], pictures)
+            np.testing.assert_array_equal(part.boxes[i], box)
+
+
+def test_a_kept_file_is_read_and_a_damaged_one_drawn_again(small, own_folders, monkeypatch):
+    (path,) = own_folders.glob("scenes-*.npz")
+    drew = []
+    draw = recordings._draw
+    monkeypatch.setattr(recordings, "_draw", lambda *a: drew.append(1) or draw(*a))
+    recordings.drawn.cache_clear()
+    assert recordings.drawn(**SMALL).fingerprint() == small.fingerprint()
+    assert not drew
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    recordings.drawn.cache_clear()
+    assert recordings.drawn(**SMALL).fingerprint() == small.fingerprint()
+    assert drew
+    assert list(own_folders.glob("*.damaged-*"))
+
+
+def test_batches_are_whole_and_a_box_moves_with_its_picture():
+    """A white box on black is found again, by its pixels, where the batch says it is."""
+    clips = np.zeros((9, 2, 16, 16, 3), np.uint8)
+    boxes = np.zeros((9, 4), np.float32)
+    for i in range(9):
+        x, y = 3 + i % 4, 4 + i % 3
+        clips[i, :, y : y + 6, x : x + 5] = 255
+        boxes[i] = [(x + 2.5) / 16, (y + 3) / 16, 5 / 16, 6 / 16]
+    part = recordings.Part(clips, boxes, np.arange(9) % 7, np.arange(9), np.ones(9, bool))
+    batches = recordings.Clips(part, batch_size=4, seed=5, pad=2, flip=True, shuffle=True)
+    seen, moved = [], 0
+    for batch in batches(3):
+        for image, box, index in zip(batch.images, batch.boxes, batch.index, strict=True):
+            rows, columns = np.nonzero(image[4].numpy() > 0)
+            found = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            cx, cy, w, h = box.numpy() * 16
+            np.testing.assert_allclose(
+                found, [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2], atol=1e-4
+            )
+            moved += not np.allclose(box, boxes[index])
+            assert image.shape == (6, 16, 16)
+            seen.append(int(index))
+    assert sorted(seen) == list(range(9))
+    assert moved > 3
+    assert {float(batch.images.min()), float(batch.images.max())} == {-0.5, 0.5}
+
+
+def test_plain_batches_are_the_clips(small):
+    (batch,) = recordings.Clips(small.test, batch_size=99)(1)
+    expected = small.test.clips[5, 1, :, :, 2] / 255 - 0.5
+    np.testing.assert_allclose(batch.images[5, 5].numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(batch.boxes.numpy(), small.test.boxes, atol=1e-6)
+
+
+# Folders
+
+
+def folder(path, people=(("Żaneta", 1), ("Jan", 1), ("Eve", 0), ("Bo", 0)), clips=3, frames=3):
+    """A sound folder of recordings; returns its rows."""
+    rows = []
+    for k, (name, registered) in enumerate(people):
+        for j in range(clips):
+            place = path / "clips" / name / f"c{j}"
+            place.mkdir(parents=True)
+            for f in range(frames):
+                picture = np.full((20, 24, 3), 40 * k + 10 * j + f, np.uint8)
+                Image.fromarray(picture).save(place / f"frame_{f}.png")
+            box = {"cx": 0.5, "cy": 0.5, "w": 0.4, "h": 0.6}
+            emotion = scenes.EMOTIONS[(k + j) % 7]
+            rows.append(
+                {"clip": f"{name}/c{j}", "emotion": emotion, **box, "registered": registered}
+            )
+    write(path, rows)
+    return rows
+
+
+def write(path, rows, columns=recordings.COLUMNS):
+    with open(path / "labels.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read(path):
+    return recordings.read_folder(path, frames=2, size=16)
+
+
+def test_a_sound_folder_is_read_whole(tmp_path):
+    folder(tmp_path)
+    found = read(tmp_path)
+    assert sum(len(part.clips) for part in found[:3]) == 12
+    assert (found.registered, found.known) == (2, 2)
+    assert found.train.registered.all()
+    assert set(found.train.people.tolist()) == {0, 1}
+    for part in (found.validation, found.test):
+        assert set(part.people[part.registered].tolist()) == {0, 1}
+        assert (~part.registered).sum() == 3
+    assert found.fingerprint() == read(tmp_path).fingerprint()
+
+
+def change(**values):
+    def made(path, rows):
+        rows[4] |= values
+        write(path, rows)
+
+    return made
+
+
+def without_column(path, rows):
+    write(path, rows, [c for c in recordings.COLUMNS if c != "emotion"])
+
+
+def unreadable(path, rows):
+    (path / "clips" / "Jan" / "c1" / "frame_2.png").write_bytes(b"no picture")
+
+
+def short(path, rows):
+    for f in (1, 2):
+        (path / "clips" / "Jan" / "c1" / f"frame_{f}.png").unlink()
+
+
+def one_clip(path, rows):
+    write(path, [r for r in rows if r["clip"] not in ("Jan/c1", "Jan/c2")])
+
+
+def no_strangers(path, rows):
+    write(path, [r for r in rows if r["registered"]])
+
+
+def linked_out(path, rows):
+    shutil.rmtree(path / "clips" / "Jan" / "c1")
+    (path / "clips" / "Jan" / "c1").symlink_to("/etc")
+
+
+def not_utf8(path, rows):
+    content = (path / "labels.csv").read_text(encoding="utf-8")
+    (path / "labels.csv").write_bytes(content.encode("iso-8859-2"))
+
+
+def twice(path, rows):
+    write(path, [*rows, rows[4]])
+
+
+FAULTS = {
+    "no table": (lambda path, rows: (path / "labels.csv").unlink(), r"labels\.csv does not exist"),
+    "a column": (without_column, r"labels\.csv has no column 'emotion'"),
+    "emotion": (
+        change(emotion="joy"),
+        r"line 6, clip 'Jan/c1': unknown emotion 'joy'; emo",
+    ),
+    "outside": (change(cx=0.9), r"line 6, clip 'Jan/c1': the box .* lies outside the picture"),
+    "no size": (change(w=0), r"line 6, clip 'Jan/c1': the box .* has no size"),
+    "no number": (change(h="tall"), r"line 6, .*the box is no four numbers .*'tall'"),
+    "not finite": (change(h="nan"), r"line 6, .*the box .* has no size"),
+    "registered": (change(registered="yes"), r"line 6, .*registered is 'yes'; it must be 0 or 1"),
+    "in some lines": (change(registered=0), r"'Jan' is registered in some lines only"),
+    "climbs out": (change(clip="../../Jan/c1"), r"line 6, clip '../../Jan/c1': it climbs out of"),
+    "climbs, Windows": (change(clip="..\\Jan\\c1"), r"line 6, .*it climbs out of"),
+    "absolute": (change(clip="/etc/passwd"), r"line 6, .*it climbs out of"),
+    "link": (linked_out, r"line 6, clip 'Jan/c1': it climbs out of"),
+    "absent": (change(clip="Jan/c9"), r"line 6, clip 'Jan/c9': .*c9 does not exist"),
+    "too deep": (change(clip="Jan"), r"line 6, clip 'Jan': a clip is written <identity>/<clip>"),
+    "unreadable": (unreadable, r"line 6, clip 'Jan/c1': .*frame_2\.png cannot be read"),
+    "short": (short, r"line 6, clip 'Jan/c1': it has 1 frames, and 2 are asked for"),
+    "one clip": (one_clip, r"'Jan' is registered and has 1 of the 3 clips needed"),
+    "no strangers": (no_strangers, r"has 2 registered people and 0 others; 2 of each"),
+    "not UTF-8": (not_utf8, r"labels\.csv was not read: it is not UTF-8"),
+    "twice": (twice, r"line 14, clip 'Jan/c1': the clip is in an earlier line too"),
+    "no rows": (lambda path, rows: write(path, []), r"labels\.csv has no rows"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_a_folder_is_named_with_row_and_file(fault, tmp_path):
+    make, sentence = FAULTS[fault]
+    make(tmp_path, folder(tmp_path))
+    with pytest.raises(DataError, match=sentence):
+        read(tmp_path)
+
+
+def film(path, pictures, rate=10):
+    """A video file of pictures (F, H, W, 3)."""
+    av = pytest.importorskip("av", reason="PyAV is in the extra 'edge'")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=rate)
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt, stream.bit_rate = "yuv420p", 4_000_000
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_a_video_file_is_a_clip_and_a_broken_one_is_named(tmp_path):
+    rows = folder(tmp_path)
+    pictures, _ = scenes.clip(3, 2, seed=0, index=0, frames=4, size=64)
+    film(tmp_path / "clips" / "Jan" / "c1.mp4", pictures)
+    rows[4]["clip"] = "Jan/c1.mp4"
+    write(tmp_path, rows)
+    found = recordings.read_folder(tmp_path, frames=2, size=64)
+    whole = np.concatenate([part.clips for part in found[:3]])
+    nearest = min(np.abs(clip[1].astype(int) - pictures[3]).mean() for clip in whole)
+    assert nearest < 12  # the codec's loss
+    (tmp_path / "clips" / "Jan" / "c1.mp4").write_bytes(b"no video at all")
+    with pytest.raises(DataError, match=r"line 6, clip 'Jan/c1\.mp4': .*c1\.mp4 cannot be read"):
+        read(tmp_path)
+
+
+# Real faces
+
+EXPRESSIONS = {
+    "happy": "happiness",
+    "sad": "sadness",
+    "surprised": "surprise",
+    "noglasses": "neutral",
+}
+absent = pytest.mark.skipif(not YALE.exists(), reason=f"{YALE} has no Yale faces")
+
+
+def yale(path, people=15):
+    """A folder of recordings made of Yale faces: from the normal face to the expression."""
+    rows = []
+    for k in range(1, people + 1):
+        for name, emotion in EXPRESSIONS.items():
+            place = path / "clips" / f"subject{k:02d}" / name
+            stages = [YALE / f"subject{k:02d}.{stage}.png" for stage in ("normal", name, name)]
+            if not all(stage.exists() for stage in stages):
+                continue
+            place.mkdir(parents=True)
+            for f, stage in enumerate(stages):
+                shutil.copy(stage, place / f"frame_{f}.png")
+            # The database has no boxes; heads fill about this part of its pictures.
+            box = {"cx": 0.5, "cy": 0.55, "w": 0.55, "h": 0.85}
+            row = {"clip": f"subject{k:02d}/{name}", "emotion": emotion, **box}
+            rows.append(row | {"registered": int(k <= people - 6)})
+    write(path, rows)
+
+
+@absent
+def test_yale_faces_are_read_as_recordings(tmp_path):
+    yale(tmp_path)
+    found = recordings.read_folder(tmp_path, frames=3, size=32)
+    assert found.registered == 9
+    assert sum(len(part.clips) for part in found[:3]) >= 58
+    assert len(set(found.train.emotions.tolist())) >= 3
