@@ -455,7 +455,11 @@ def test_a_relation_is_finite_for_pictures_alike_zero_vectors_and_tiny_batches(t
         assert float(x.grad.abs().max()) < 10
 
 
-@pytest.mark.parametrize("term", [*RELATIONS, losses.FeatureKD(5, 5)], ids=str)
+@pytest.mark.parametrize(
+    "term",
+    [*RELATIONS, losses.FeatureKD(5, 5)],
+    ids=lambda term: getattr(term, "__name__", str(term)),
+)
 def test_batches_of_different_sizes_are_refused_even_where_they_would_broadcast(term):
     with pytest.raises(ValueError, match="student has 4 rows, teacher 1"):
         term(torch.zeros(4, 5), torch.zeros(1, 5))
