@@ -131,12 +131,14 @@ def source_hash(function: Callable) -> str:
 
     Covers the function, and whatever it and what it reaches call by name: functions of its own
     module (a notebook), and definitions of the rooms that decide what a training does. So a room
-    can grow without touching the hash of runs that do not use what is new.
+    can grow without touching the hash of runs that do not use what is new. Rooms that make data
+    (``WHOLE_ROOMS``) count whole where they are named. What the notebook defines only after the
+    function is not seen.
     """
     reached, waiting = {}, [_definition(function)]
     rooms = {}
     for room in SOURCE_ROOMS:
-        for node in ast.parse((Path(__file__).parent / f"{room}.py").read_text()).body:
+        for node in _tree(room).body:
             names = [getattr(node, "name", None), *map(_target, getattr(node, "targets", []))]
             rooms |= {name: node for name in names if name}
     while waiting:
@@ -146,7 +148,8 @@ def source_hash(function: Callable) -> str:
             other = function.__globals__.get(name)
             other = getattr(other, "function", other)  # a run stands for its function
             own = isinstance(other, types.FunctionType) and other.__module__ == function.__module__
-            for found in (_definition(other) if own else None, rooms.get(name)):
+            whole = _tree(name) if name in WHOLE_ROOMS else None
+            for found in (_definition(other) if own else None, rooms.get(name), whole):
                 if found is not None and _shape(_without_docstrings(found)) not in reached:
                     waiting.append(found)
     return hashlib.sha256("\n".join(sorted(reached)).encode()).hexdigest()
