@@ -133,25 +133,27 @@ def source_hash(function: Callable) -> str:
     module (a notebook), and definitions of the rooms that decide what a training does. So a room
     can grow without touching the hash of runs that do not use what is new. Rooms that make data
     (``WHOLE_ROOMS``) count whole where they are named. What the notebook defines only after the
-    function is not seen.
+    function is not seen: a test holds that no run needs it.
     """
-    reached, waiting = {}, [_definition(function)]
+    reached, waiting = {}, [(_definition(function), function.__globals__)]
     rooms = {}
     for room in SOURCE_ROOMS:
         for node in _tree(room).body:
             names = [getattr(node, "name", None), *map(_target, getattr(node, "targets", []))]
             rooms |= {name: node for name in names if name}
     while waiting:
-        node = _without_docstrings(waiting.pop())
+        node, notebook = waiting.pop()
+        node = _without_docstrings(node)
+        if _shape(node) in reached:
+            continue
         reached[_shape(node)] = None
+        for name in _globals(node) & notebook.keys():
+            other = getattr(notebook[name], "function", notebook[name])  # a run: its function
+            if isinstance(other, types.FunctionType) and other.__module__ == function.__module__:
+                waiting.append((_definition(other), notebook))
         for name in _names(node):
-            other = function.__globals__.get(name)
-            other = getattr(other, "function", other)  # a run stands for its function
-            own = isinstance(other, types.FunctionType) and other.__module__ == function.__module__
             whole = _tree(name) if name in WHOLE_ROOMS else None
-            for found in (_definition(other) if own else None, rooms.get(name), whole):
-                if found is not None and _shape(_without_docstrings(found)) not in reached:
-                    waiting.append(found)
+            waiting += [(found, {}) for found in (rooms.get(name), whole) if found is not None]
     return hashlib.sha256("\n".join(sorted(reached)).encode()).hexdigest()
 
 
@@ -181,6 +183,14 @@ def _names(tree: ast.AST) -> set[str]:
     return {n.id for n in nodes if isinstance(n, ast.Name)} | {
         n.attr for n in nodes if isinstance(n, ast.Attribute)
     }
+
+
+def _globals(tree: ast.AST) -> set[str]:
+    """The names read in the tree that it does not bind itself: no attributes, no local names."""
+    names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)}
+    bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
+    return {n.id for n in names} - bound
 
 
 def _without_docstrings(tree: ast.AST) -> ast.AST:
