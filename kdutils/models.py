@@ -100,21 +100,66 @@ def small_cnn(name: str, *, classes: int, seed: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers)).to(memory_format=torch.channels_last)
 
 
+class Unfold(torch.autograd.Function):
+    """Rows (B, N, C) to the rows that ``read`` names, (B, len(read), C); row N is padding, zero.
+
+    ``back`` (N, R) lists who read each row, filled up with len(read), which is nobody. So the way
+    back is a gather and a sum as well: indexed addition takes several times as long. Whether there
+    is padding, and whether ``back`` is filled up, is said, since looking is slow on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, read, back, padded, filled):
+        ctx.save_for_backward(back)
+        ctx.filled = filled
+        return _one_more(rows, padded).index_select(1, read)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (back,) = ctx.saved_tensors
+        found = _one_more(gradient, ctx.filled).index_select(1, back.flatten())
+        return found.unflatten(1, back.shape).sum(2), None, None, None, None
+
+
+def _one_more(rows: torch.Tensor, wanted: bool) -> torch.Tensor:
+    return nn.functional.pad(rows, (0, 0, 0, 1)) if wanted else rows
+
+
+@torch.fx.wrap
+def unfold(rows, read, back, padded, filled):
+    """:class:`Unfold` as one step of a traced network."""
+    return Unfold.apply(rows, read, back, padded, filled)
+
+
 class MatrixConv2d(nn.Conv2d):
-    """A convolution computed as one matrix product over unfolded maps; (B, C, H, W) as its parent.
+    """A convolution of maps ``side`` pixels wide and high as one matrix product, else its parent.
 
     On maps of a few pixels a processor's convolution kernels, above all those for the weights'
     gradient, take up to ten times as long as the product that they amount to.
     """
 
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+    def __init__(self, *shape, side: int, **options):
+        super().__init__(*shape, bias=False, **options)
         (kernel, _), (stride, _), (pad, _) = self.kernel_size, self.stride, self.padding
-        padded = nn.functional.pad(maps.permute(0, 2, 3, 1), (0, 0, pad, pad, pad, pad))
-        span = padded.shape[1] - kernel + 1
-        rows = [padded[:, i : i + span : stride] for i in range(kernel)]
-        read = [row[:, :, j : j + span : stride] for row in rows for j in range(kernel)]
+        inside = torch.arange(side**2)
+        places = torch.full((side + 2 * pad,) * 2, len(inside))
+        places[pad : pad + side, pad : pad + side] = inside.view(side, side)
+        windows = places.unfold(0, kernel, stride).unfold(1, kernel, stride)
+        read = windows.flatten()
+        readers = [torch.nonzero(read == place).flatten() for place in inside]
+        back = nn.utils.rnn.pad_sequence(readers, batch_first=True, padding_value=len(read))
+        self.register_buffer("read", read, persistent=False)
+        self.register_buffer("back", back, persistent=False)
+        self.told = bool((read == len(inside)).any()), bool((back == len(read)).any())
+        self.across, self.whole = windows.shape[0], read.equal(inside)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        rows = maps.permute(0, 2, 3, 1).flatten(1, 2)
+        if not self.whole:
+            rows = unfold(rows, self.read, self.back, *self.told)
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
-        return nn.functional.linear(torch.cat(read, -1), weight).permute(0, 3, 1, 2)
+        found = nn.functional.linear(rows.reshape(-1, weight.shape[1]), weight)
+        return found.unflatten(0, (-1, self.across, self.across)).permute(0, 3, 1, 2)
 
 
 def cifar_resnet(
@@ -210,9 +255,8 @@ def fit_to_size(network: nn.Module, size: int) -> None:
         if old.kernel_size == (3, 3) and pad == (1, 1) and after == 1:
             pad = 0
             weight = weight[:, :, 1 : 1 + before, 1 : 1 + before].clone()
-        new = MatrixConv2d(
-            old.in_channels, old.out_channels, weight.shape[-1], old.stride, pad, bias=False
-        )
+        shape = old.in_channels, old.out_channels, weight.shape[-1], old.stride, pad
+        new = MatrixConv2d(*shape, side=before)
         new.weight = nn.Parameter(weight)
         network.set_submodule(name, new)
 

@@ -132,8 +132,8 @@ def test_idle_taps_change_no_output_no_gradient_and_no_training(name, size):
         idle = old.detach() - original[name]
         idle[places[name]] = 0
         assert not idle.any()  # they never moved
-    for old, new in zip(full.buffers(), cut.buffers(), strict=True):
-        torch.testing.assert_close(old, new, rtol=1e-8, atol=1e-10)
+    for name, old in full.named_buffers():
+        torch.testing.assert_close(old, cut.get_buffer(name), rtol=1e-8, atol=1e-10)
     images = torch.randn(5, 3, size, size, dtype=torch.float64)
     with torch.no_grad():
         expected = full.eval()(images)
@@ -161,7 +161,29 @@ def test_cutting_leaves_mode_and_batch_statistics_alone():
     before = {name: value.clone() for name, value in network.named_buffers()}
     models.fit_to_size(network, 32)
     assert all(module.training for module in network.modules())
-    assert all(torch.equal(value, before[name]) for name, value in network.named_buffers())
+    assert all(torch.equal(network.get_buffer(name), value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("side", [1, 2, 4])
+@pytest.mark.parametrize(("kernel", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0)])
+def test_a_matrix_convolution_is_the_convolution(side, kernel, stride, pad):
+    torch.manual_seed(0)
+    usual = torch.nn.Conv2d(3, 4, kernel, stride, pad, bias=False).double()
+    matrix = models.MatrixConv2d(3, 4, kernel, stride, pad, side=side).double()
+    assert usual.state_dict().keys() == matrix.state_dict().keys()  # places are not saved
+    matrix.load_state_dict(usual.state_dict())
+    maps = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
+    found = [layer(maps) for layer in (usual, matrix)]
+    torch.testing.assert_close(*found)
+    way = torch.randn_like(found[0])
+    gradients = [
+        torch.autograd.grad(out, (maps, layer.weight), way)
+        for out, layer in zip(found, (usual, matrix), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert torch.autograd.gradgradcheck(matrix, maps)
+    tapped = models.taps(torch.nn.Sequential(matrix), ["0"])(maps)["0"]
+    assert torch.equal(tapped, found[1])
 
 
 @pytest.mark.parametrize(
