@@ -125,22 +125,16 @@ def _one_more(rows: torch.Tensor, wanted: bool) -> torch.Tensor:
     return nn.functional.pad(rows, (0, 0, 0, 1)) if wanted else rows
 
 
-@torch.fx.wrap
-def unfold(rows, read, back, padded, filled):
-    """:class:`Unfold` as one step of a traced network."""
-    return Unfold.apply(rows, read, back, padded, filled)
-
-
 class MatrixConv2d(nn.Conv2d):
-    """A convolution of maps ``side`` pixels wide and high as one matrix product, else its parent.
+    """A convolution of maps (B, C, ``side``, ``side``) as one matrix product, without a bias.
 
     On maps of a few pixels a processor's convolution kernels, above all those for the weights'
     gradient, take up to ten times as long as the product that they amount to.
+    Raises ValueError for maps of another size.
     """
 
-    def __init__(self, *shape, side: int, **options):
-        super().__init__(*shape, bias=False, **options)
-        (kernel, _), (stride, _), (pad, _) = self.kernel_size, self.stride, self.padding
+    def __init__(self, before, after, kernel, stride, pad, *, side: int):
+        super().__init__(before, after, kernel, stride, pad, bias=False)
         inside = torch.arange(side**2)
         places = torch.full((side + 2 * pad,) * 2, len(inside))
         places[pad : pad + side, pad : pad + side] = inside.view(side, side)
@@ -150,13 +144,22 @@ class MatrixConv2d(nn.Conv2d):
         back = nn.utils.rnn.pad_sequence(readers, batch_first=True, padding_value=len(read))
         self.register_buffer("read", read, persistent=False)
         self.register_buffer("back", back, persistent=False)
-        self.told = bool((read == len(inside)).any()), bool((back == len(read)).any())
-        self.across, self.whole = windows.shape[0], read.equal(inside)
+        self.side, self.across, self.whole = side, windows.shape[0], read.equal(inside)
+        self.padded, self.filled = (
+            bool((read == len(inside)).any()),
+            bool((back == len(read)).any()),
+        )
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        if maps.shape[2:] != (self.side, self.side):
+            found = " × ".join(map(str, maps.shape[2:]))
+            raise ValueError(
+                f"a map is {found} pixels, but this network was fitted to pictures on which it is "
+                f"{self.side} × {self.side}"
+            )
         rows = maps.permute(0, 2, 3, 1).flatten(1, 2)
         if not self.whole:
-            rows = unfold(rows, self.read, self.back, *self.told)
+            rows = Unfold.apply(rows, self.read, self.back, self.padded, self.filled)
         weight = self.weight.permute(0, 2, 3, 1).flatten(1)
         found = nn.functional.linear(rows.reshape(-1, weight.shape[1]), weight)
         return found.unflatten(0, (-1, self.across, self.across)).permute(0, 3, 1, 2)
@@ -253,10 +256,10 @@ def fit_to_size(network: nn.Module, size: int) -> None:
             continue
         weight, pad = old.weight.detach(), old.padding
         if old.kernel_size == (3, 3) and pad == (1, 1) and after == 1:
-            pad = 0
+            pad = (0, 0)
             weight = weight[:, :, 1 : 1 + before, 1 : 1 + before].clone()
-        shape = old.in_channels, old.out_channels, weight.shape[-1], old.stride, pad
-        new = MatrixConv2d(*shape, side=before)
+        kernel, stride, (pad, *_) = weight.shape[-1], old.stride[0], pad
+        new = MatrixConv2d(old.in_channels, old.out_channels, kernel, stride, pad, side=before)
         new.weight = nn.Parameter(weight)
         network.set_submodule(name, new)
 
@@ -268,8 +271,9 @@ def taps(network: nn.Module, layers: list[str]) -> nn.Module:
     Raises ValueError listing the names there are when one does not exist.
     """
     extraction = torchvision.models.feature_extraction
-    known = extraction.get_graph_node_names(network)[1]
+    whole = {"leaf_modules": [MatrixConv2d]}
+    known = extraction.get_graph_node_names(network, tracer_kwargs=whole)[1]
     for layer in layers:
         if layer not in known and not any(k.startswith(f"{layer}.") for k in known):
             raise ValueError(f"no layer {layer!r}; layers: {', '.join(known)}")
-    return extraction.create_feature_extractor(network, list(layers))
+    return extraction.create_feature_extractor(network, list(layers), tracer_kwargs=whole)

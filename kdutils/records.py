@@ -15,11 +15,14 @@ import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
+
 from kdutils import data, files
 
 PROJECT = Path(__file__).parent.parent
 SOURCE_ROOMS = ("data", "losses", "metrics", "models", "pictures", "train")
 WHOLE_ROOMS = ("recordings", "scenes")  # counted whole, and only where the room itself is named
+CONSTANTS = (bool, int, float, str, tuple, list, dict, np.ndarray)  # of a notebook, hashed by value
 VERSIONS = ("lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
 
 
@@ -129,11 +132,11 @@ def data_named_in(arguments: dict) -> dict:
 def source_hash(function: Callable) -> str:
     """SHA-256 of the code a run is made by, comments, docstrings and layout aside.
 
-    Covers the function, and whatever it and what it reaches call by name: functions of its own
-    module (a notebook), and definitions of the rooms that decide what a training does. So a room
-    can grow without touching the hash of runs that do not use what is new. Rooms that make data
-    (``WHOLE_ROOMS``) count whole where they are named. What the notebook defines only after the
-    function is not seen: a test holds that no run needs it.
+    Covers the function, and whatever it and what it reaches call by name: functions and constants
+    of its own module (a notebook), and definitions of the rooms that decide what a training does.
+    So a room can grow without touching the hash of runs that do not use what is new. Rooms that
+    make data (``WHOLE_ROOMS``) count whole where they are named. What the notebook defines only
+    after the function is not seen: a test holds that no run needs it.
     """
     reached, waiting = {}, [(_definition(function), function.__globals__)]
     rooms = {}
@@ -151,6 +154,9 @@ def source_hash(function: Callable) -> str:
             other = getattr(notebook[name], "function", notebook[name])  # a run: its function
             if isinstance(other, types.FunctionType) and other.__module__ == function.__module__:
                 waiting.append((_definition(other), notebook))
+            elif isinstance(other, CONSTANTS):
+                value = other.tolist() if isinstance(other, np.ndarray) else other
+                reached[f"{name} = {value!r}"] = None
         for name in _names(node):
             whole = _tree(name) if name in WHOLE_ROOMS else None
             waiting += [(found, {}) for found in (rooms.get(name), whole) if found is not None]
@@ -186,7 +192,7 @@ def _names(tree: ast.AST) -> set[str]:
 
 
 def _globals(tree: ast.AST) -> set[str]:
-    """The names read in the tree that it does not bind itself: no attributes, no local names."""
+    """The names read in the tree that are bound nowhere in it: no attributes, no local names."""
     names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
     bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)}
     bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}

@@ -182,8 +182,11 @@ def test_a_matrix_convolution_is_the_convolution(side, kernel, stride, pad):
     ]
     torch.testing.assert_close(*gradients)
     assert torch.autograd.gradgradcheck(matrix, maps)
-    tapped = models.taps(torch.nn.Sequential(matrix), ["0"])(maps)["0"]
-    assert torch.equal(tapped, found[1])
+    tapped = models.taps(torch.nn.Sequential(matrix), ["0"])
+    assert torch.equal(tapped(maps)["0"], found[1])
+    assert list(tapped.state_dict()) == ["0.weight"]
+    with pytest.raises(ValueError, match=f"fitted to pictures on which it is {side} × {side}"):
+        matrix(maps[:, :, :, 1:])
 
 
 @pytest.mark.parametrize(

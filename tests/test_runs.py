@@ -376,6 +376,21 @@ def test_source_hash_ignores_comments_and_docstrings_but_no_code(tmp_path):
     assert _hash(tmp_path, unused) == _hash(tmp_path, text)
 
 
+def test_source_hash_counts_what_is_called_and_read_and_nothing_that_looks_like_it(tmp_path):
+    helper, run = "def other():\n    return {}\n\n", "def f(run):\n    {}\n"
+
+    def moved(body):
+        """Whether another ``other`` makes another hash of this run."""
+        texts = [helper.format(k) + run.format(body) for k in (1, 2)]
+        return len({_hash(tmp_path, text) for text in texts}) == 2
+
+    assert moved("return other()")
+    assert not moved("return run.other")
+    assert not moved("other = 1\n    return other")
+    constants = [f"LIMIT = {k}\n" + run.format("return LIMIT") for k in (1, 2)]
+    assert len({_hash(tmp_path, text) for text in constants}) == 2
+
+
 def test_source_hash_follows_what_is_reached_into_the_rooms(tmp_path, monkeypatch):
     rooms = tmp_path / "rooms"
     rooms.mkdir()
