@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import safetensors.torch
@@ -419,3 +420,45 @@ def test_the_papers_bins_are_as_the_page_says():
     assert len(sums) == 11  # the soft student's on test is missing
     assert (sums["size"] == 20).all()
     np.testing.assert_allclose(sums["sum"], 1, atol=3e-5)
+
+
+# Verdicts
+
+
+def without(folder, unwanted):
+    """A copy of the published records without those that ``unwanted`` picks; how many it picked."""
+    target, gone = folder / "records" / "binary", 0
+    target.mkdir(parents=True)
+    for path in (records.published_folder() / "binary").glob("*.json"):
+        content = json.loads(path.read_text())
+        if unwanted(content["run"], content["arguments"]):
+            gone += 1
+        else:
+            (target / path.name).write_text(path.read_text())
+    return gone
+
+
+def verdicts_on(folder, monkeypatch):
+    """What the page says of each claim, from the records in a folder."""
+    monkeypatch.setenv("KDUTILS_RECORDS", str(folder / "records"))
+    page = notebooks.run("binary", {}, folder / "page.ipynb")
+    cells = nbformat.read(page, as_version=4).cells
+    stored = [o.data for c in cells for o in c.get("outputs", []) if "data" in o]
+    (rows,) = [data[notebooks.CLAIMS] for data in stored if notebooks.CLAIMS in data]
+    return {row["id"].removeprefix("binary-"): row["verdict"] for row in rows}
+
+
+def test_no_verdict_rests_on_a_part_of_the_seeds(tmp_path, monkeypatch):
+    def soft_student(run, arguments):
+        found = arguments.get("labels"), arguments.get("generation"), arguments.get("seed")
+        return run == "student" and found == ("soft", 0, 2)
+
+    assert without(tmp_path, soft_student) == 1
+    found = verdicts_on(tmp_path, monkeypatch)
+    silent = {name for name, verdict in found.items() if verdict is None}
+    assert silent == {"1", "3", "6", "8", "9", "10"}
+
+
+def test_no_verdict_before_all_rates_were_tried(tmp_path, monkeypatch):
+    assert without(tmp_path, lambda run, a: run == "teacher" and a["lr"] == 0.0001) == 1
+    assert not any(verdicts_on(tmp_path, monkeypatch).values())
