@@ -370,7 +370,8 @@ def test_a_teacher_starts_from_its_pretraining_in_all_but_its_head(tmp_path, mon
     assert digest == made.content["weights"]["e1.safetensors"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, (head if name.startswith("fc") else weights)[name])
-    assert model(torch.zeros(2, 3, 8, 8)).shape == (2, 1)
+    side = data.load("digits").size
+    assert model(torch.zeros(2, 3, side, side)).shape == (2, 1)
 
 
 # The page
