@@ -41,7 +41,13 @@ def paired(a: pd.Series, b: pd.Series) -> pd.Series:
     return (a - b).dropna()
 
 
+def of_all(values: pd.Series, seeds: Sequence[int]) -> pd.Series:
+    """``values``, indexed by seed, if each of ``seeds`` has one; otherwise none of them."""
+    return values if set(values.index) == set(seeds) else values[:0]
+
+
 REPLICATED, NOT_REPLICATED, INCONCLUSIVE = "replicated", "not replicated", "inconclusive"
+ORDER = [None, NOT_REPLICATED, INCONCLUSIVE, REPLICATED]  # the weakest first
 
 
 @dataclass(frozen=True)
@@ -112,14 +118,15 @@ def verdict_not_worse(values: Sequence[float], bound: float) -> Verdict:
     return Verdict(found.mean, found.low, found.high, found.n, word)
 
 
-def verdict_all(verdicts: Sequence[Verdict]) -> Verdict:
+def verdict_all(verdicts: Sequence[Verdict], side: str = ">") -> Verdict:
     """Judge a claim that needs several others: as its weakest, whose numbers it shows.
 
     Not replicated if any is not, replicated if all are, otherwise inconclusive; no verdict while
-    any has no record.
+    any has no record. Of equally weak ones it shows the smallest estimate, or the largest where the
+    claims are on ``side`` ``"<"`` of a bound.
     """
-    order = [None, NOT_REPLICATED, INCONCLUSIVE, REPLICATED]
-    return min(verdicts, key=lambda v: (order.index(v.verdict), v.estimate))
+    sign = 1 if side == ">" else -1
+    return min(verdicts, key=lambda v: (ORDER.index(v.verdict), sign * (v.estimate or 0)))
 
 
 def _parse(test: str) -> tuple[int, float]:

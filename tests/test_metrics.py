@@ -243,6 +243,15 @@ def test_a_claim_of_several_is_judged_by_its_weakest():
     ):
         assert verdicts.verdict_all(several) == weakest
         assert verdicts.verdict_all(several[::-1]) == weakest
+    assert verdicts.verdict_all([good, better], "<") == better  # the larger loss is the weaker
+    assert verdicts.verdict_all([unclear, better, good], "<") == unclear
+
+
+def test_values_count_only_if_every_seed_has_one():
+    values = pd.Series({0: 0.1, 2: 0.3})
+    assert verdicts.of_all(values, [2, 0]).equals(values)
+    assert verdicts.of_all(values, [0, 1, 2]).empty
+    assert verdicts.of_all(values, [0]).empty
 
 
 @pytest.mark.parametrize("test", ["", ">", "> ", ">0", "0", "= 0", ">= 0", "=> 0", "above 0"])
