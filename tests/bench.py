@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from kdutils import data, losses, models, train
+from kdutils._torchvision import torchvision
 
 BATCH = 128
 STATISTICS = (np.full(3, 125.0), np.full(3, 60.0))
@@ -131,7 +132,7 @@ def cached_teacher(steps: int, rounds: int) -> tuple[list[tuple[float, float]], 
 
 def fitted(steps: int, rounds: int) -> list[tuple[float, float]]:
     """Bare steps of torchvision's ResNet-18 and of the same fitted to 32 × 32 pictures."""
-    whole = models._resnet("resnet18", 10, "imagenet")
+    whole = torchvision.models.resnet18(num_classes=10)
     whole = whole.to(train.fabric().device, memory_format=torch.channels_last)
     cut, preloaded = build(), list(batches(steps)(1))
     optimizers = sgd(whole), sgd(cut)

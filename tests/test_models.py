@@ -62,6 +62,19 @@ def test_convnet_widths_are_its_layers():
     assert parameters(network) == count + 64 * 10 + 10
 
 
+def test_pooling_before_the_stems_relu_leaves_the_same_bits():
+    ours = models._resnet("resnet10", 10, "imagenet")
+    torchs = torchvision.models.resnet.ResNet(torchvision.models.resnet.BasicBlock, [1] * 4, 10)
+    torchs.load_state_dict(ours.state_dict())
+    images = torch.randn(4, 3, 64, 64)
+    outputs = [network(images) for network in (ours, torchs)]
+    assert torch.equal(*outputs)
+    for output in outputs:
+        F.cross_entropy(output, torch.tensor([1, 2, 3, 4])).backward()
+    for one, other in zip(ours.parameters(), torchs.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
 # ------------------------------------------------------------------------------ idle taps
 
 
@@ -187,6 +200,33 @@ def test_a_matrix_convolution_is_the_convolution(side, kernel, stride, pad):
     assert list(tapped.state_dict()) == ["0.weight"]
     with pytest.raises(ValueError, match=f"fitted to pictures on which it is {side} × {side}"):
         matrix(maps[:, :, :, 1:])
+
+
+def test_a_batch_convolution_is_the_convolution():
+    torch.manual_seed(0)
+    usual = torch.nn.Conv2d(3, 5, 3, 1, 1, bias=False).double()
+    batch = models.BatchConv2d(3, 5, 3, 1, 1, bias=False).double()
+    batch.load_state_dict(usual.state_dict())
+    maps = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    found = [layer(maps) for layer in (usual, batch)]
+    torch.testing.assert_close(*found)
+    way = torch.randn_like(found[0])
+    gradients = [
+        torch.autograd.grad(out, (maps, layer.weight), way)
+        for out, layer in zip(found, (usual, batch), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert torch.autograd.gradgradcheck(batch, maps)
+    tapped = models.taps(torch.nn.Sequential(batch), ["0"])
+    assert torch.equal(tapped(maps)["0"], found[1])
+
+
+def test_the_layers_that_small_maps_are_given():
+    network = models.build("resnet18", classes=10, seed=0)
+    kinds = [type(m).__name__ for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert kinds[:6] == ["Conv2d"] * 6  # stem, layer1, and layer2's first, from 8 × 8
+    assert kinds[6:10] == ["BatchConv2d", "Conv2d", "BatchConv2d", "BatchConv2d"]
+    assert kinds[10:] == ["MatrixConv2d"] * 10
 
 
 @pytest.mark.parametrize(
