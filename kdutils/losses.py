@@ -364,9 +364,7 @@ class VID(torch.nn.Module):
         saw, shown = len(own[0]), len(given[0])
         if saw != shown:
             raise ValueError(f"student and teacher must see the same inputs, not {saw} and {shown}")
-        # Matrices this narrow are slower in bf16, whose casts cost more than its products save.
-        with torch.autocast(self.alpha.device.type, enabled=False):
-            errors = self._errors([tap.to(self.alpha.dtype) for tap in own], given)
+        errors = self._errors([tap.to(self.alpha.dtype) for tap in own], given)
         variance = self.variance
         squares = torch.cat([errors[pair] for pair in self.order])
         return (self.shares * (squares / variance + variance.log()) / 2).sum(2)
@@ -374,7 +372,7 @@ class VID(torch.nn.Module):
     def _errors(self, own: list, given: list) -> dict:
         """Mean squared errors of the regressors by channel, {(i, j): (C of teacher layer i,)}."""
         target = cache(lambda i, size: _rows(given[i].detach().to(self.alpha.dtype), size))
-        errors = {}
+        errors, device = {}, self.alpha.device.type
         for j, layer in enumerate(own):
             groups = {}  # regressors that read this layer at one size share their first product
             for i in (i for i, k in self.order if k == j):
@@ -384,11 +382,17 @@ class VID(torch.nn.Module):
                 matrices = [self.regressors[f"{i}-{j}"] for i in group]
                 split = [m.split([layer.shape[1], len(m), len(m)], 1) for m in matrices]
                 one, two, three = zip(*split, strict=True)
-                hidden = F.linear(_rows(layer, size), torch.cat(one)).relu_()
-                hidden = hidden.split([len(m) for m in matrices], 1)
-                for i, x, second, third in zip(group, hidden, two, three, strict=True):
-                    mean = F.linear(F.linear(x, second).relu_(), third)
-                    squares = F.mse_loss(mean, target(i, size), reduction="none")
+                # Narrow matrices are slower in bf16: its casts cost more than its products save.
+                wide = torch.is_autocast_enabled(device) and min(map(len, matrices)) >= 64
+                with torch.autocast(device, torch.bfloat16, enabled=wide):
+                    hidden = F.linear(_rows(layer, size), torch.cat(one)).relu_()
+                    hidden = hidden.split([len(m) for m in matrices], 1)
+                    means = [
+                        F.linear(F.linear(x, second).relu_(), third)
+                        for x, second, third in zip(hidden, two, three, strict=True)
+                    ]
+                for i, mean in zip(group, means, strict=True):
+                    squares = F.mse_loss(mean.to(layer.dtype), target(i, size), reduction="none")
                     errors[i, j] = squares.mean(0)  # σ² is constant within a channel
         return errors
 

@@ -148,10 +148,8 @@ class MatrixConv2d(nn.Conv2d):
         self.register_buffer("read", read, persistent=False)
         self.register_buffer("back", back, persistent=False)
         self.side, self.across, self.whole = side, windows.shape[0], read.equal(inside)
-        self.padded, self.filled = (
-            bool((read == len(inside)).any()),
-            bool((back == len(read)).any()),
-        )
+        self.padded = bool((read == len(inside)).any())
+        self.filled = bool((back == len(read)).any())
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         if maps.shape[2:] != (self.side, self.side):

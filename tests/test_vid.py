@@ -258,6 +258,27 @@ def test_autocast_keeps_the_squares_precise():
     assert number(found) == pytest.approx(number(vid(student, teacher)), rel=0.01)
 
 
+def test_wide_layers_are_predicted_in_bf16_and_judged_in_fp32():
+    torch.manual_seed(0)
+    student, teacher = {"s": torch.randn(64, 20, 4, 4)}, {"t": torch.randn(64, 96, 2, 2)}
+    student["s"].requires_grad_()
+    vid = losses.VID(student=student, teacher=teacher)
+    vid.alpha.data.fill_(0.5)
+
+    def both():
+        value = vid(student, teacher)
+        return value, *torch.autograd.grad(value, (student["s"], *vid.parameters()))
+
+    exact = both()
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = both()
+    assert not torch.equal(exact[0], rounded[0])  # it did round
+    for one, other in zip(exact, rounded, strict=True):
+        assert other.dtype == torch.float32
+        precision = 0.1 if one.dim() else 1e-4  # gradients carry bf16's noise, the loss does not
+        assert (one - other).norm() < precision * one.norm()
+
+
 # ------------------------------------------------------------------------- behaviour
 
 
