@@ -5,11 +5,10 @@ Runtime, and keeps embeddings in SQLite. It must not know how networks are train
 """
 
 import json
-import platform
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ import numpy as np
 import typer
 
 from kdutils import files
+from kdutils.board import ENGINES
 
 KEYS = ("frames", "size", "emotions", "heads", "threshold", "files")
 HEADS = ("emotion", "face", "embedding")
@@ -57,13 +57,13 @@ class Totem:
                 raise TotemError(f"{file} is damaged: its SHA-256 is not the one in {path}")
         self.identity = files.sha256(path)
         self.engine = self._choose(engine, named)
-        self._look = ENGINES[self.engine][1](self.folder, threads)
+        self._look, _ = ENGINES[self.engine](self.folder / STUDENT[self.engine], threads)
 
     def _choose(self, wanted: str, named: dict) -> str:
         if wanted and wanted not in ENGINES:
             raise TotemError(f"unknown engine {wanted!r}; engines: {', '.join(ENGINES)}")
-        for name, (file, _) in ENGINES.items():
-            if file in named and find_spec(name) and wanted in ("", name):
+        for name in ENGINES:
+            if STUDENT[name] in named and find_spec(name) and wanted in ("", name):
                 return name
         raise TotemError(
             f"no engine can read {self.folder}: install {wanted or 'openvino or onnxruntime'}, "
@@ -84,30 +84,7 @@ class Totem:
         }
 
 
-def _openvino(folder: Path, threads: int) -> Callable:
-    import openvino
-
-    options = {"PERFORMANCE_HINT": "LATENCY"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
-    model = openvino.Core().compile_model(str(folder / "student-int8.xml"), "CPU", options)
-    return lambda values: next(iter(model(values).values()))
-
-
-def _onnxruntime(folder: Path, threads: int) -> Callable:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    path, where = str(folder / "student.onnx"), ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(path, options, providers=where)
-    return lambda values: session.run(None, {"clip": values})[0]
-
-
-ENGINES = {  # by falling speed: the file it reads, and how to begin
-    "openvino": ("student-int8.xml", _openvino),
-    "onnxruntime": ("student.onnx", _onnxruntime),
-}
+STUDENT = {"openvino": "student-int8.xml", "onnxruntime": "student.onnx"}  # which file it reads
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
@@ -330,27 +307,6 @@ def recognise(
     finally:
         if writer:
             writer.close()
-
-
-@app.command("time")
-def time_it(
-    model: Model = None,
-    engine: Engine = "",
-    threads: Threads = 1,
-    repeats: Annotated[int, typer.Option(min=1, help="Clips that are timed.")] = 200,
-):
-    """Milliseconds a clip (quartiles) on this machine, as JSON, after a warm-up."""
-    totem, taken = Totem(model or newest(), engine, threads), []
-    shape = (totem.frames, totem.size, totem.size, 3)
-    clip = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    for _ in range(10 + repeats):
-        started = time.perf_counter()
-        totem.look(clip)
-        taken.append(1000 * (time.perf_counter() - started))
-    quartiles = [round(float(v), 4) for v in np.percentile(taken[10:], [25, 50, 75])]
-    where = {"machine": platform.machine(), "system": platform.platform(), "threads": threads}
-    model_is = {"engine": totem.engine, "model": totem.identity[:12]}
-    print(json.dumps({"milliseconds": quartiles, "clips": repeats} | model_is | where))
 
 
 @app.command("forget")

@@ -224,13 +224,6 @@ def test_a_name_twice_a_short_video_and_no_model_are_refused(model, tmp_path):
         concierge.newest()
 
 
-def test_time_is_measured_on_a_device_that_has_little(model):
-    found = json.loads(program("time", "--model", model, "--repeats", 5, start=ALONE))
-    low, middle, high = found["milliseconds"]
-    assert 0 < low <= middle <= high
-    assert found["engine"] == "onnxruntime"
-
-
-@pytest.mark.parametrize("command", ["enrol", "recognise", "forget", "list", "time"])
+@pytest.mark.parametrize("command", ["enrol", "recognise", "forget", "list"])
 def test_every_command_has_help(command):
     assert "Usage" in program(command, "--help")

@@ -1,0 +1,144 @@
+"""Milliseconds a clip of study 1's networks on a board; needs NumPy and one engine, nothing else.
+
+Copy this file and a folder of networks to the board, then
+
+    python board.py boards-… --board "Raspberry Pi 4B" --output pi.json
+
+The study's page shows every such file in ``data/records/concierge/boards`` beside the paper's
+tables. It must not import from kdutils, since the board has none of it.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+
+
+class EngineError(RuntimeError):
+    """There is no engine, no network, or one that cannot be read; the message says which."""
+
+
+def openvino(path: Path, threads: int) -> tuple[Callable, tuple]:
+    """A network in OpenVINO, from an array to its outputs, and the shape that it takes."""
+    import openvino
+
+    options = {"PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        options["INFERENCE_NUM_THREADS"] = threads
+    model = openvino.Core().compile_model(str(path), "CPU", options)
+    return lambda values: next(iter(model(values).values())), tuple(model.input(0).shape)
+
+
+def onnxruntime(path: Path, threads: int) -> tuple[Callable, tuple]:
+    """A network in ONNX Runtime, from an array to its outputs, and the shape that it takes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    return lambda values: session.run(None, {entry.name: values})[0], tuple(entry.shape)
+
+
+ENGINES = {"openvino": openvino, "onnxruntime": onnxruntime}  # by falling speed
+READS = {"openvino": (".onnx", ".xml"), "onnxruntime": (".onnx",)}  # the last is preferred
+
+
+def timed(calls: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Quartiles of the milliseconds that each call takes, after a warm-up; they take turns."""
+    taken = {name: [] for name in calls}
+    for _ in range(5 + repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            taken[name].append(1000 * (time.perf_counter() - started))
+    return {k: np.percentile(values[5:], [25, 50, 75]).tolist() for k, values in taken.items()}
+
+
+def chosen(wanted: str) -> str:
+    """The wanted engine, or the first that is installed."""
+    from importlib.util import find_spec
+
+    there = [name for name in ENGINES if find_spec(name)]
+    if wanted and wanted not in there:
+        raise EngineError(f"{wanted} is not installed; installed: {', '.join(there) or 'none'}")
+    if not there:
+        raise EngineError(f"no engine is installed; install {' or '.join(ENGINES)}")
+    return wanted or there[0]
+
+
+def networks(folders: list[Path], engine: str) -> dict[str, Path]:
+    """The networks in these folders that the engine reads, by name."""
+    found = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise EngineError(f"{folder} is no folder")
+        for suffix in READS[engine]:
+            found |= {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
+    if not found:
+        places = ", ".join(map(str, folders))
+        raise EngineError(f"there is no network in {places} ({' or '.join(READS[engine])})")
+    return found
+
+
+def measured(board: str, folders: list[Path], engine: str, threads: int, repeats: int) -> dict:
+    """What is written: the quartiles of every network, and on what they were measured."""
+    from importlib.metadata import version
+
+    engine = chosen(engine)
+    rng, calls, digests = np.random.default_rng(0), {}, {}
+    for name, path in networks(folders, engine).items():
+        try:
+            look, shape = ENGINES[engine](path, threads)
+        except Exception as error:  # whatever an engine raises for a damaged file
+            raise EngineError(f"{engine} cannot read {path} ({error})") from None
+        values = rng.random(shape, dtype=np.float32) - np.float32(0.5)
+        calls[name] = lambda look=look, values=values: look(values)
+        digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return {
+        "board": board,
+        "measured": datetime.now(UTC).date().isoformat(),
+        "milliseconds": timed(calls, repeats),
+        "repeats": repeats,
+        "threads": threads,
+        "engine": engine,
+        "version": version(engine),
+        "machine": platform.machine(),
+        "system": platform.platform(),
+        "sha256": digests,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="folders of networks")
+    parser.add_argument("--board", required=True, help="the board's name, for the book")
+    parser.add_argument("--engine", choices=ENGINES, default="", help="default: the first found")
+    parser.add_argument("--threads", type=int, default=1, help="of the engine; 0: as it likes")
+    parser.add_argument("--repeats", type=int, default=200, help="how often each is timed")
+    parser.add_argument("--output", type=Path, default=Path("board.json"))
+    given = parser.parse_args()
+    if given.threads < 0 or given.repeats < 1:
+        parser.error("--threads must be 0 or more and --repeats 1 or more")
+    try:
+        found = measured(given.board, given.folders, given.engine, given.threads, given.repeats)
+    except EngineError as error:
+        sys.exit(f"board: {error}")
+    for name, (low, middle, high) in found["milliseconds"].items():
+        print(f"{name:24}{middle:10.3f} ms   ({low:.3f} to {high:.3f})")
+    scratch = given.output.with_name(f".{given.output.name}")
+    scratch.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, given.output)
+    print(f"written: {given.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Timing networks on a board: one file, NumPy and an engine, and nothing else."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kdutils import board, notebooks
+from kdutils.files import sha256
+
+pytest.importorskip("onnxruntime", reason="engines are in the extra 'edge'")
+SHAPE = {"embedding": 8, "frames": 2, "size": 32}
+
+# Whatever a board may lack cannot be imported, this project first of all.
+ALONE = """
+import runpy, sys
+for name in ("kdutils", "torch", "pandas", "scipy", "typer", "platformdirs", "lazy_loader", "PIL"):
+    sys.modules[name] = None
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small network as the study exports it."""
+    import torch
+
+    study = notebooks.procedure("concierge", {"scale": "laptop", "train_missing": False})
+    path = tmp_path_factory.mktemp("boards") / "student-face.onnx"
+    network = study["build"]("face", 4, 1, 5, 0, **SHAPE).eval()
+    study["exported"](network, torch.zeros(1, 6, 32, 32), path)
+    return path.parent
+
+
+def on_a_board(cwd, *words):
+    script = cwd / "board.py"
+    shutil.copyfile(Path(board.__file__), script)
+    command = [sys.executable, "-c", ALONE, "board.py", *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("engine", board.ENGINES)
+def test_the_file_alone_times_networks_and_leaves_a_record(engine, folder, tmp_path):
+    pytest.importorskip(engine, reason="engines are in the extra 'edge'")
+    options = ["--board", "Płytka 4B", "--engine", engine, "--repeats", 3, "--output", "pi.json"]
+    run = on_a_board(tmp_path, folder, *options)
+    assert run.returncode == 0, run.stderr
+    assert "student-face" in run.stdout
+    found = json.loads((tmp_path / "pi.json").read_text(encoding="utf-8"))
+    low, middle, high = found["milliseconds"]["student-face"]
+    assert 0 < low <= middle <= high
+    assert (found["board"], found["engine"], found["repeats"]) == ("Płytka 4B", engine, 3)
+    assert found["sha256"] == {"student-face": sha256(folder / "student-face.onnx")}
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_is_wrong_is_said_and_no_file_is_left(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "a.onnx").write_bytes((folder / "student-face.onnx").read_bytes()[:999])
+    for where, sentence in [
+        ("missing", "board: missing is no folder"),
+        ("empty", "board: there is no network in empty (.onnx"),
+        ("torn", "board: onnxruntime cannot read torn/a.onnx ("),
+    ]:
+        options = ["--board", "pi", "--engine", "onnxruntime"]
+        run = on_a_board(tmp_path, where, *options)
+        assert run.returncode == 1
+        assert run.stderr.startswith(sentence), run.stderr
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_an_engine_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(board.EngineError, match="openvino is not installed; installed: none"):
+        board.chosen("openvino")
+    with pytest.raises(board.EngineError, match="install openvino or onnxruntime"):
+        board.chosen("")
+
+
+def test_openvinos_own_files_are_preferred_by_openvino_alone(tmp_path):
+    for name in ("a.onnx", "b.onnx", "b.xml", "c.xml"):
+        (tmp_path / name).touch()
+    found = board.networks([tmp_path], "openvino")
+    assert {name: path.suffix for name, path in found.items()} == {
+        "a": ".onnx",
+        "b": ".xml",
+        "c": ".xml",
+    }
+    assert sorted(board.networks([tmp_path], "onnxruntime")) == ["a", "b"]
+
+
+def test_calls_take_turns_and_the_warm_up_is_not_counted():
+    order = []
+    found = board.timed({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    assert order == ["a", "b"] * 8
+    assert {len(values) for values in found.values()} == {3}
