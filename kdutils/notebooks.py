@@ -82,7 +82,7 @@ def _local_kernel() -> type:
 
 
 def sync(study: str = "") -> list[Path]:
-    """Carry the edited ``.md`` of a study (of all notebooks) over to its ``.ipynb`` and run it.
+    """Carry the edited ``.md`` of a study or page (of all) over to its ``.ipynb`` and run it.
 
     What the notebook shows then follows from its source and from published records. A new study's
     ``.ipynb`` is made. When a cell fails, the old ``.ipynb`` stays and :class:`NotebookFailed` says
@@ -96,9 +96,10 @@ def sync(study: str = "") -> list[Path]:
 
     sources = sorted(FOLDER.glob("*.md"))
     if study:  # and the page that reads its claims
-        sources = [p for p in sources if p.stem.partition("-")[2] == study or p.stem == "verdicts"]
-        if not any(p.stem.partition("-")[2] == study for p in sources):
+        named = [p for p in sources if study in (p.stem, p.stem.partition("-")[2])]
+        if not named:
             find(study)
+        sources = [p for p in sources if p in named or p.stem == "verdicts"]
     paths = [path.with_suffix(".ipynb") for path in sources]
     for path in paths:
         notebook = jupytext.read(path.with_suffix(".md"))
