@@ -190,6 +190,21 @@ def test_the_emotion_network_sees_all_frames_and_the_image_branch_the_middle_one
         assert torch.equal(model(clip), model(changed)) == same
 
 
+def test_boxes_of_a_wide_network_are_learned_and_do_not_stick_to_the_edge(study):
+    found = scenes.draw(list(range(16)), 24, seed=0, frames=2, size=64)
+    images = torch.as_tensor(found.clips).permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)
+    boxes = torch.as_tensor(found.boxes)
+    model = study["build"]("face", 32, 1, 5, 0, embedding=8, frames=2, size=64).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.002)  # the laptop's
+    for _ in range(24):
+        out = model(images.float() / 255 - 0.5)
+        loss, _ = study["box_terms"](out, boxes, None, False, 0.0)
+        optimizer.zero_grad()
+        (10 * loss).backward()
+        optimizer.step()
+    assert study["overlap"](out.detach(), boxes).mean() > 0.9
+
+
 def test_overlap_by_hand(study):
     a = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.4], [0.2, 0.2, 0.2, 0.2]])
     b = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.7, 0.5, 0.4, 0.4], [0.8, 0.8, 0.2, 0.2]])
