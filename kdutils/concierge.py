@@ -168,11 +168,12 @@ def recognised(embedding, names: list[str], gallery, threshold: float) -> tuple[
     return (names[best] if cosines[best] > threshold else None), float(cosines[best])
 
 
-def clips(source: str, frames: int, size: int) -> Iterator[tuple[np.ndarray, list]]:
+def clips(source: str, frames: int, size: int, every: int = 1) -> Iterator[tuple]:
     """Clips (F, S, S, 3) uint8 of a video file or camera (/dev/video0), with their frames.
 
-    Clips follow one another; an end that is shorter is left out. Raises :class:`TotemError` naming
-    a video that cannot be read or is shorter than a clip.
+    Of the video, every so many-th frame is looked at. Clips follow one another; an end that is
+    shorter is left out. Raises :class:`TotemError` naming a video that cannot be read or is shorter
+    than a clip.
     """
     try:
         import av
@@ -184,14 +185,14 @@ def clips(source: str, frames: int, size: int) -> Iterator[tuple[np.ndarray, lis
         with av.open(source, format="v4l2" if camera else None) as container:
             for frame in container.decode(video=0):
                 held.append(frame)
-                if len(held) == frames:
+                if len(held) == frames * every:
                     small = {"format": "rgb24", "width": size, "height": size}
-                    yield np.stack([one.to_ndarray(**small) for one in held]), held
+                    yield np.stack([one.to_ndarray(**small) for one in held[::every]]), held
                     held, any_yet = [], True
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise TotemError(f"{source} cannot be read ({error})") from None
     if not any_yet:
-        raise TotemError(f"{source} has {len(held)} frames; a clip needs {frames}")
+        raise TotemError(f"{source} has {len(held)} frames; a clip needs {frames * every}")
 
 
 class Film:
@@ -245,6 +246,7 @@ Model = Annotated[Path | None, typer.Option(help="Folder with model.json; else t
 Database = Annotated[Path, typer.Option(help="The SQLite file of enrolled people.")]
 Engine = Annotated[str, typer.Option(help="openvino or onnxruntime; else the first there is.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the engine; 0: as it likes.")]
+Every = Annotated[int, typer.Option(min=1, help="A clip has every so many-th frame of the video.")]
 Name = Annotated[str, typer.Argument(help="The person's name.")]
 PEOPLE = Path("concierge.sqlite3")
 
@@ -257,10 +259,11 @@ def enrol(
     database: Database = PEOPLE,
     engine: Engine = "",
     threads: Threads = 0,
+    every: Every = 6,
 ):
     """Keep a person's embedding; of the pictures nothing is kept."""
     totem = Totem(model or newest(), engine, threads)
-    seen = [totem.look(clip) for clip, _ in clips(str(video), totem.frames, totem.size)]
+    seen = [totem.look(clip) for clip, _ in clips(str(video), totem.frames, totem.size, every)]
     embedding = _unit(np.mean([found["embedding"] for found in seen], 0))
     with People(database) as people:
         people.add(name, embedding, totem.identity)
@@ -275,6 +278,7 @@ def recognise(
     video: Annotated[Path | None, typer.Option(help="Write an annotated video here.")] = None,
     engine: Engine = "",
     threads: Threads = 0,
+    every: Every = 6,
 ):
     """Box, emotion and person or stranger of every clip, as JSON lines with frames a second."""
     totem = Totem(model or newest(), engine, threads)
@@ -284,13 +288,13 @@ def recognise(
     writer = Film(video) if video else None
     try:
         started = time.perf_counter()
-        for number, (clip, frames) in enumerate(clips(source, totem.frames, totem.size)):
+        for number, (clip, frames) in enumerate(clips(source, totem.frames, totem.size, every)):
             found = totem.look(clip)
             who, cosine = recognised(found["embedding"], names, gallery, totem.threshold)
             best = int(found["probabilities"].argmax())
             passed, started = time.perf_counter() - started, time.perf_counter()
             line = {
-                "frame": number * totem.frames,
+                "frame": number * totem.frames * every,
                 "box": [round(float(v), 4) for v in found["box"]],
                 "emotion": totem.emotions[best],
                 "probability": round(float(found["probabilities"][best]), 4),

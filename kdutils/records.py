@@ -83,18 +83,28 @@ def compare(old: dict, new: dict) -> tuple[bool, str]:
         if timeless(old) == timeless(new):
             return True, "the same numbers and weights, bit for bit"
         return False, "NOT the same numbers, though source, processor, threads and versions are"
-    last = [(c["results"].get("history") or [c["results"]])[-1] for c in (old, new)]
-    gaps = {k: abs(v - last[1].get(k, float("inf"))) for k, v in last[0].items() if "accuracy" in k}
     other = f"made with another {', '.join(differ)}"
-    if not gaps:
+    if timeless(old)["results"] == timeless(new)["results"]:
+        return True, f"{other}; the same numbers"
+    found, again = _accuracies(old["results"]), _accuracies(new["results"])
+    if not found:
         return False, f"{other}; it holds no accuracy by which to compare"
-    largest = max(gaps.values())
+    largest = max(abs(v - again.get(k, float("inf"))) for k, v in found.items())
     return largest <= 0.03, f"{other}; accuracies differ by at most {largest:.4f}"
+
+
+def _accuracies(results: dict) -> dict:
+    """Accuracies of the last epoch and of the end, by their path in the results."""
+    import pandas as pd
+
+    last = (results.get("history") or [{}])[-1]
+    flat = pd.json_normalize(results | last, sep=" ").iloc[0]
+    return {k: v for k, v in flat.items() if "accuracy" in k}
 
 
 def timeless(content: dict) -> dict:
     """What must be equal in two records of one run: arguments, results and weights, no times."""
-    results = dict(content["results"])
+    results = {k: v for k, v in content["results"].items() if k != "milliseconds"}
     if "history" in results:
         rows = results["history"]
         results["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]

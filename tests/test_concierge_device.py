@@ -68,10 +68,12 @@ def videos(tmp_path):
 def test_a_person_is_enrolled_recognised_and_forgotten_without_pytorch(model, videos, tmp_path):
     base = tmp_path / "people.sqlite3"
     at, seen = ("--database", base), tmp_path / "seen.mp4"
-    light = partial(program, start=ALONE)
-    assert light("enrol", "Żaneta", videos[0], "--model", model, *at).startswith("Żaneta is enr")
+    light, each = partial(program, start=ALONE), ("--every", 1)
+    assert light("enrol", "Żaneta", videos[0], "--model", model, *at, *each).startswith(
+        "Żaneta is enr"
+    )
     assert light("list", *at) == "Żaneta\n"
-    said = light("recognise", videos[0], "--model", model, *at, "--video", seen)
+    said = light("recognise", videos[0], "--model", model, *at, "--video", seen, *each)
     lines = [json.loads(line) for line in said.splitlines()]
     assert [line["frame"] for line in lines] == [0, 4]
     for line in lines:
@@ -121,6 +123,13 @@ def test_the_clip_goes_in_as_in_training(model):
     np.testing.assert_allclose(taken[0], batch.images.numpy(), atol=1e-6)
     assert said["probabilities"].sum() == pytest.approx(1, abs=1e-5)
     assert np.linalg.norm(said["embedding"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_clip_has_every_so_many_th_frame(videos):
+    (whole, _), (rest, _) = concierge.clips(str(videos[0]), 4, 32)
+    ((half, frames),) = concierge.clips(str(videos[0]), 4, 32, 2)
+    assert len(frames) == 8
+    np.testing.assert_array_equal(half, np.concatenate([whole, rest])[::2])
 
 
 def damaged_model(folder, model, how):
@@ -220,6 +229,8 @@ def test_a_name_twice_a_short_video_and_no_model_are_refused(model, tmp_path):
     film(tmp_path / "short.mp4", np.zeros((3, 64, 64, 3), np.uint8))
     with pytest.raises(TotemError, match=r"short\.mp4 has 3 frames; a clip needs 4"):
         list(concierge.clips(str(tmp_path / "short.mp4"), 4, 32))
+    with pytest.raises(TotemError, match=r"short\.mp4 has 3 frames; a clip needs 24"):
+        list(concierge.clips(str(tmp_path / "short.mp4"), 4, 32, 6))
     with pytest.raises(TotemError, match="no model on this machine"):
         concierge.newest()
 

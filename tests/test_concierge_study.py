@@ -229,22 +229,24 @@ def test_a_gallery_has_one_direction_a_person(study):
 
 def test_people_enrolled_late_are_found_and_others_refused_at_the_rate(study):
     rng = np.random.default_rng(0)
-    people = np.repeat(np.arange(40), 25)
+    people, emotions = np.repeat(np.arange(40), 25), np.tile(np.arange(25) % 7, 40)
     faces = rng.normal(size=(40, 32))
     clips = faces[people] + 0.6 * rng.normal(size=(1000, 32))
     clips /= np.linalg.norm(clips, axis=1, keepdims=True)
-    firsts, foreign = study["half_enrolled"](people)
+    firsts, foreign = study["half_enrolled"](people, emotions)
+    assert {study["EMOTIONS"][k] for k in emotions[firsts]} == {"neutral"}
+    assert study["half_enrolled"](people, 0 * emotions)[0].tolist() == list(range(0, 1000, 50))
     assert people[firsts].tolist() == list(range(0, 40, 2))
     assert set(people[foreign]) == set(range(1, 40, 2))
-    threshold = study["one_clip_threshold"](clips, people, 0.05)
-    again = study["enrolled_late"](clips, people, threshold)
+    threshold = study["one_clip_threshold"](clips, people, emotions, 0.05)
+    again = study["enrolled_late"](clips, people, emotions, threshold)
     assert 0.03 < again["late_let_in"] <= 0.05  # on the clips that it was set on
     assert again["late_recognised"] > 0.9
-    assert study["enrolled_late"](clips, people, -1.0)["late_let_in"] == 1
-    none = study["enrolled_late"](clips, people, 1.0)
+    assert study["enrolled_late"](clips, people, emotions, -1.0)["late_let_in"] == 1
+    none = study["enrolled_late"](clips, people, emotions, 1.0)
     assert none == {"late_recognised": 0.0, "late_let_in": 0.0}
     clips[firsts] = clips[np.roll(firsts, 1)]  # each is enrolled by a clip of another
-    assert study["enrolled_late"](clips, people, threshold)["late_recognised"] < 0.1
+    assert study["enrolled_late"](clips, people, emotions, threshold)["late_recognised"] < 0.1
 
 
 # Engines

