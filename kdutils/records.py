@@ -99,7 +99,7 @@ def _accuracies(results: dict) -> dict:
 
     last = (results.get("history") or [{}])[-1]
     flat = pd.json_normalize(results | last, sep=" ").iloc[0]
-    return {k: v for k, v in flat.items() if "accuracy" in k}
+    return {k: float(v) for k, v in flat.items() if "accuracy" in k and isinstance(v, float)}
 
 
 def timeless(content: dict) -> dict:

@@ -349,6 +349,19 @@ def test_compare_tells_same_bits_from_close_numbers_from_neither():
     assert not records.compare(new, old)[0]
 
 
+def test_compare_leaves_times_out_and_finds_accuracies_inside_results():
+    old = tiny_study()[1](seed=0).content
+    old = old | {"results": {"milliseconds": {"a": [1.0]}, "engines": {"a": {"box_accuracy": 0.9}}}}
+    new = json.loads(json.dumps(old))
+    new["results"]["milliseconds"]["a"] = [2.0]
+    assert records.compare(old, new) == (True, "the same numbers and weights, bit for bit")
+    new["made"]["source"] = "another"
+    assert records.compare(old, new) == (True, "made with another source; the same numbers")
+    for value, close in ((0.88, True), (0.8, False)):
+        new["results"]["engines"]["a"]["box_accuracy"] = value
+        assert records.compare(old, new)[0] is close
+
+
 # Source
 
 
