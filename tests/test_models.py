@@ -177,27 +177,33 @@ def test_cutting_leaves_mode_and_batch_statistics_alone():
     assert all(torch.equal(network.get_buffer(name), value) for name, value in before.items())
 
 
+def computes_the_same(layer, usual, side):
+    """Values, gradients, second gradients; state; tapped as a whole. Returns the maps used."""
+    assert usual.state_dict().keys() == layer.state_dict().keys()
+    layer.load_state_dict(usual.state_dict())
+    maps = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
+    found = [one(maps) for one in (usual, layer)]
+    torch.testing.assert_close(*found)
+    way = torch.randn_like(found[0])
+    gradients = [
+        torch.autograd.grad(out, (maps, one.weight), way)
+        for out, one in zip(found, (usual, layer), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+    assert torch.autograd.gradgradcheck(layer, maps)
+    tapped = models.taps(torch.nn.Sequential(layer), ["0"])
+    assert torch.equal(tapped(maps)["0"], found[1])
+    assert list(tapped.state_dict()) == ["0.weight"]
+    return maps
+
+
 @pytest.mark.parametrize("side", [1, 2, 4])
 @pytest.mark.parametrize(("kernel", "stride", "pad"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (1, 1, 0)])
 def test_a_matrix_convolution_is_the_convolution(side, kernel, stride, pad):
     torch.manual_seed(0)
     usual = torch.nn.Conv2d(3, 4, kernel, stride, pad, bias=False).double()
     matrix = models.MatrixConv2d(3, 4, kernel, stride, pad, side=side).double()
-    assert usual.state_dict().keys() == matrix.state_dict().keys()  # places are not saved
-    matrix.load_state_dict(usual.state_dict())
-    maps = torch.randn(2, 3, side, side, dtype=torch.float64, requires_grad=True)
-    found = [layer(maps) for layer in (usual, matrix)]
-    torch.testing.assert_close(*found)
-    way = torch.randn_like(found[0])
-    gradients = [
-        torch.autograd.grad(out, (maps, layer.weight), way)
-        for out, layer in zip(found, (usual, matrix), strict=True)
-    ]
-    torch.testing.assert_close(*gradients)
-    assert torch.autograd.gradgradcheck(matrix, maps)
-    tapped = models.taps(torch.nn.Sequential(matrix), ["0"])
-    assert torch.equal(tapped(maps)["0"], found[1])
-    assert list(tapped.state_dict()) == ["0.weight"]
+    maps = computes_the_same(matrix, usual, side)
     with pytest.raises(ValueError, match=f"fitted to pictures on which it is {side} × {side}"):
         matrix(maps[:, :, :, 1:])
 
@@ -205,20 +211,7 @@ def test_a_matrix_convolution_is_the_convolution(side, kernel, stride, pad):
 def test_a_batch_convolution_is_the_convolution():
     torch.manual_seed(0)
     usual = torch.nn.Conv2d(3, 5, 3, 1, 1, bias=False).double()
-    batch = models.BatchConv2d(3, 5, 3, 1, 1, bias=False).double()
-    batch.load_state_dict(usual.state_dict())
-    maps = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    found = [layer(maps) for layer in (usual, batch)]
-    torch.testing.assert_close(*found)
-    way = torch.randn_like(found[0])
-    gradients = [
-        torch.autograd.grad(out, (maps, layer.weight), way)
-        for out, layer in zip(found, (usual, batch), strict=True)
-    ]
-    torch.testing.assert_close(*gradients)
-    assert torch.autograd.gradgradcheck(batch, maps)
-    tapped = models.taps(torch.nn.Sequential(batch), ["0"])
-    assert torch.equal(tapped(maps)["0"], found[1])
+    computes_the_same(models.BatchConv2d(3, 5, 3, 1, 1, bias=False).double(), usual, 4)
 
 
 def test_the_layers_that_small_maps_are_given():
