@@ -22,12 +22,14 @@ from kdutils.scenes import EMOTIONS
 
 COLUMNS = ("clip", "emotion", "cx", "cy", "w", "h", "registered")
 PICTURES = (".png", ".jpg", ".jpeg")
+LAYOUT = "clip, row, column, frame and colour"  # of clips in a kept file
 LARGEST = 4096  # pixels of a side; what is larger is no frame of a clip, and may be a trap
 
 
 class Part(NamedTuple):
-    """Clips (N, F, S, S, 3) uint8 and their labels; what to train on, choose by, or report.
+    """Clips (N, S, S, 3 F) uint8 and their labels; what to train on, choose by, or report.
 
+    A pixel has the three colours of every frame, a frame's after another's: networks read them so.
     ``boxes`` (N, 4) float32 is (cx, cy, w, h) in shares of the picture, of the middle frame;
     ``emotions`` (N,) counts in ``scenes.EMOTIONS``; ``people`` (N,) numbers people, registered ones
     first, and ``registered`` (N,) says whether the person is one of them.
@@ -66,6 +68,11 @@ class Recordings(NamedTuple):
         return digest.hexdigest()
 
 
+def side_by_side(clips: np.ndarray) -> np.ndarray:
+    """Clips (N, F, S, S, 3) as a :class:`Part` has them, (N, S, S, 3 F)."""
+    return np.moveaxis(clips, 1, 3).reshape(*clips.shape[:1], *clips.shape[2:4], -1)
+
+
 def _bytes(values: np.ndarray) -> np.ndarray:
     """An array's bytes without a copy of them."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -98,7 +105,7 @@ def drawn(
         raise ValueError(f"{wanted}: one registered person, one stranger and 2 clips are needed")
     wanted |= {"seed": seed, "frames": frames, "size": size, "play": play}
     drawing = files.sha256(Path(scenes.__file__))
-    name = hashlib.sha256(f"{json.dumps(wanted)} {drawing}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{json.dumps(wanted)} {drawing} {LAYOUT}".encode()).hexdigest()[:16]
     path = data.folder() / f"scenes-{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
@@ -141,6 +148,7 @@ def _draw(wanted: dict, jobs: int) -> Recordings:
 
     def part(*groups):
         each = [scenes.draw(who, n, seed=next(seeds), **options) for who, n in groups]
+        each = [found._replace(clips=side_by_side(found.clips)) for found in each]
         joined = [np.concatenate(values) for values in zip(*each, strict=True)]
         return Part(*joined, joined[3] < registered)
 
@@ -196,43 +204,37 @@ class Clips(data.Batches):
     def __call__(self, epoch: int):
         import torch
 
-        order = torch.as_tensor(self.order(epoch))
-        views = torch.as_tensor(self.views(epoch))[:, order]
+        order = torch.as_tensor(self.order(epoch), device=self.device)
+        views = torch.as_tensor(self.views(epoch), device=self.device)[:, order]
         for start in range(0, len(order), self.batch_size):
             index = order[start : start + self.batch_size]
             moved = views[:, start : start + self.batch_size]
-            pictures = self._windows(index, moved)
-            index, moved = index.to(self.device), moved.to(self.device)
-            boxes = self._boxes(self.boxes[index], moved)
+            images = self._windows(index, *moved).float().div_(255).sub_(0.5).permute(0, 3, 1, 2)
             labels = self.labels[index], self.people[index]
-            yield Batch(self._normalise(pictures), *labels, boxes, index, epoch)
+            yield Batch(images, *labels, self._boxes(self.boxes[index], *moved), index, epoch)
 
-    def _windows(self, index, moved):
+    def _windows(self, index, flipped, down, right):
+        """Clips (B, S, S, 3 F), flipped and moved: every pixel is fetched from where it was."""
         import torch
 
-        pad, side = self.pad, self.clips.shape[2]
-        chosen = torch.nn.functional.pad(self.clips[index], (0, 0, pad, pad, pad, pad))
-        rows = zip(chosen, *moved.tolist(), strict=True)
-        return torch.stack(
-            [
-                (clip.flip(2) if flipped else clip)[:, down : down + side, right : right + side]
-                for clip, flipped, down, right in rows
-            ]
-        )
+        side = self.clips.shape[1]
+        across = torch.arange(side, device=self.device)
+        rows, columns = across + down[:, None] - self.pad, across + right[:, None] - self.pad
+        columns = torch.where(flipped[:, None].bool(), side - 1 - columns, columns)
+        rows, columns = rows[:, :, None], columns[:, None]
+        inside = (rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)
+        rows, columns = rows.clamp(0, side - 1), columns.clamp(0, side - 1)
+        pixels = (index[:, None, None] * side + rows) * side + columns
+        found = self.clips.flatten(0, 2).index_select(0, pixels.flatten())
+        return found.view(*pixels.shape, -1).mul_(inside[..., None])
 
-    def _boxes(self, boxes, moved):
+    def _boxes(self, boxes, flipped, down, right):
         import torch
 
-        flipped, down, right = moved
+        side = self.clips.shape[1]
         cx = torch.where(flipped.bool(), 1 - boxes[:, 0], boxes[:, 0])
-        side = self.clips.shape[2]
         cx, cy = cx + (self.pad - right) / side, boxes[:, 1] + (self.pad - down) / side
         return torch.stack([cx, cy, boxes[:, 2], boxes[:, 3]], 1)
-
-    def _normalise(self, pictures):
-        """(B, F, S, S, 3) uint8 to (B, 3 F, S, S) float32 in channels-last memory order."""
-        rows = pictures.permute(0, 2, 3, 1, 4).flatten(3)
-        return (rows.float() / 255 - 0.5).permute(0, 3, 1, 2)
 
 
 def read_folder(path: Path, *, frames: int, size: int) -> Recordings:
@@ -252,7 +254,7 @@ def read_folder(path: Path, *, frames: int, size: int) -> Recordings:
     for row in rows:
         by_person.setdefault(row["identity"], []).append(row)
     _check_people(path, by_person)
-    clips = np.stack([_frames(row, frames, size) for row in rows])
+    clips = side_by_side(np.stack([_frames(row, frames, size) for row in rows]))
     users = sorted(name for name, found in by_person.items() if found[0]["registered"])
     strangers = sorted(set(by_person) - set(users))
     number = {name: i for i, name in enumerate(users + strangers)}

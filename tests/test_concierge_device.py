@@ -113,7 +113,8 @@ def test_the_clip_goes_in_as_in_training(model):
     from kdutils import recordings
 
     found = scenes.draw([1], 1, seed=0, frames=4, size=32)
-    part = recordings.Part(*found, np.ones(1, bool))
+    pictures = recordings.side_by_side(found.clips)
+    part = recordings.Part(pictures, *found[1:], np.ones(1, bool))
     (batch,) = recordings.Clips(part, batch_size=1)(1)
     taken = []
     totem = Totem(model, "onnxruntime")

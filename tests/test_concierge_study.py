@@ -212,6 +212,14 @@ def test_the_emotion_network_sees_all_frames_and_the_image_branch_the_middle_one
         assert torch.equal(model(clip), model(changed)) == same
 
 
+def test_the_video_branch_sees_the_first_frame_in_grey_and_what_the_others_differ_by(study):
+    clips = torch.rand(3, 12, 5, 5)
+    grey = clips.view(3, 4, 3, 5, 5).mean(2)
+    expected = torch.cat([grey[:, :1], 4 * (grey[:, 1:] - grey[:, :1])], 1)
+    found = torch.nn.functional.conv2d(clips, study["movement"](4))
+    torch.testing.assert_close(found, expected)
+
+
 def test_boxes_of_a_wide_network_are_learned_and_do_not_stick_to_the_edge(study):
     found = scenes.draw(list(range(16)), 24, seed=0, frames=2, size=64)
     images = torch.as_tensor(found.clips).permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2)

@@ -54,7 +54,8 @@ def test_labels_are_those_of_what_is_drawn(small):
                 frames=2,
                 size=16,
             )
-            np.testing.assert_array_equal(part.clips[i], pictures)
+            expected = recordings.side_by_side(pictures[None])[0]
+            np.testing.assert_array_equal(part.clips[i], expected)
             np.testing.assert_array_equal(part.boxes[i], box)
 
 
@@ -83,6 +84,7 @@ def test_batches_are_whole_and_a_box_moves_with_its_picture():
         x, y = 3 + i % 4, 4 + i % 3
         clips[i, :, y : y + 6, x : x + 5] = 255
         boxes[i] = [(x + 2.5) / 16, (y + 3) / 16, 5 / 16, 6 / 16]
+    clips = recordings.side_by_side(clips)
     part = recordings.Part(clips, boxes, np.arange(9) % 7, np.arange(9), np.ones(9, bool))
     batches = recordings.Clips(part, batch_size=4, seed=5, pad=2, flip=True, shuffle=True)
     seen, moved = [], 0
@@ -102,9 +104,32 @@ def test_batches_are_whole_and_a_box_moves_with_its_picture():
     assert {float(batch.images.min()), float(batch.images.max())} == {-0.5, 0.5}
 
 
+def test_a_view_is_a_window_of_the_padded_clip_flipped_or_not(small):
+    batches = recordings.Clips(small.train, batch_size=99, seed=1, pad=3, flip=True)
+    (batch,) = batches(2)
+    flipped, down, right = np.asarray(batches.views(2))
+    assert len(set(flipped)) == 2
+    assert len(set(down)) > 2
+    side = small.train.clips.shape[1]
+    for image, clip, flip, y, x in zip(
+        batch.images, small.train.clips, flipped, down, right, strict=True
+    ):
+        padded = np.pad(clip, ((3, 3), (3, 3), (0, 0)))
+        window = (padded[:, ::-1] if flip else padded)[y : y + side, x : x + side]
+        expected = window.astype(np.float32) / 255 - 0.5
+        np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+
+
+def test_colours_of_a_frame_stand_together_and_frames_in_order():
+    clips = np.arange(2 * 2 * 2 * 2 * 3).reshape(2, 2, 2, 2, 3)
+    found = recordings.side_by_side(clips)
+    assert found.shape == (2, 2, 2, 6)
+    np.testing.assert_array_equal(found[1, 0, 1], [*clips[1, 0, 0, 1], *clips[1, 1, 0, 1]])
+
+
 def test_plain_batches_are_the_clips(small):
     (batch,) = recordings.Clips(small.test, batch_size=99)(1)
-    expected = small.test.clips[5, 1, :, :, 2] / 255 - 0.5
+    expected = small.test.clips[5, :, :, 5] / 255 - 0.5  # blue of the second frame
     np.testing.assert_allclose(batch.images[5, 5].numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(batch.boxes.numpy(), small.test.boxes, atol=1e-6)
 
@@ -255,7 +280,7 @@ def test_a_video_file_is_a_clip_and_a_broken_one_is_named(tmp_path):
     write(tmp_path, rows)
     found = recordings.read_folder(tmp_path, frames=2, size=64)
     whole = np.concatenate([part.clips for part in found[:3]])
-    nearest = min(np.abs(clip[1].astype(int) - pictures[3]).mean() for clip in whole)
+    nearest = min(np.abs(clip[..., 3:].astype(int) - pictures[3]).mean() for clip in whole)
     assert nearest < 12  # the codec's loss
     (tmp_path / "clips" / "Jan" / "c1.mp4").write_bytes(b"no video at all")
     with pytest.raises(DataError, match=r"line 6, clip 'Jan/c1\.mp4': .*c1\.mp4 cannot be read"):
