@@ -212,6 +212,18 @@ def test_the_emotion_network_sees_all_frames_and_the_image_branch_the_middle_one
         assert torch.equal(model(clip), model(changed)) == same
 
 
+def test_the_control_is_the_multimodal_network_with_one_head(study):
+    control, whole = (
+        study["build"](n, 4, 1, 5, 0, **SHAPE) for n in (study["CONTROL"], "multimodal")
+    )
+    assert control(torch.zeros(2, 12, 32, 32)).shape == (2, 7)
+    ours, theirs = ({k: v.shape for k, v in n.state_dict().items()} for n in (control, whole))
+    assert {k for k in theirs if k not in ours} == {
+        "face.weight", "face.bias", "embedding.weight", "embedding.bias", "people.weight"
+    }  # fmt: skip
+    assert all(theirs[name] == shape for name, shape in ours.items())
+
+
 def test_the_video_branch_sees_the_first_frame_in_grey_and_what_the_others_differ_by(study):
     clips = torch.rand(3, 12, 5, 5)
     grey = clips.view(3, 4, 3, 5, 5).mean(2)
