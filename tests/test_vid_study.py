@@ -367,6 +367,29 @@ def parameters_of():
     return {k: v for k, v in names.items() if not k.startswith("_")}
 
 
+def test_networks_trained_in_a_stack_go_where_they_go_alone(names):
+    batches = list(names["parts"](0, SETTING).train(1))[:3]
+    networks = [names["build"]("convverytiny", k, SETTING) for k in range(3)]
+    together = names["stacked"](copy.deepcopy(networks), batches, 0.003)
+    alone = [names["stepping"](n, names["from_labels"], batches, 0.003) for n in networks]
+    found = [(together(), sum(step() for step in alone)) for _ in range(6)]
+    for at_once, in_turn in found:
+        assert at_once == pytest.approx(in_turn, rel=0.02)
+    assert found[-1][0] < found[0][0] - 0.03  # and they do move
+
+
+def test_every_loss_is_timed_and_an_impossible_one_left_out(names):
+    found = names["cost"](
+        teachers=["convtiny", "resnet10"], network="convverytiny", repeats=2, seed=0, **SETTING
+    ).results
+    assert set(found["milliseconds"]) == {
+        "labels", "pairwise, convtiny", "all to all, convtiny", "Hinton, convtiny",
+        "all to all, resnet10", "Hinton, resnet10", "four in turn", "four at once",
+    }  # fmt: skip
+    assert all(0 < low <= mid <= high for low, mid, high in found["milliseconds"].values())
+    assert 0.3 < sum(found["profile"].values()) <= 1
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
