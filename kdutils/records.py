@@ -104,7 +104,8 @@ def _accuracies(results: dict) -> dict:
 
 def timeless(content: dict) -> dict:
     """What must be equal in two records of one run: arguments, results and weights, no times."""
-    results = {k: v for k, v in content["results"].items() if k != "milliseconds"}
+    timed = ("milliseconds", "time_shares")
+    results = {k: v for k, v in content["results"].items() if k not in timed}
     if "history" in results:
         rows = results["history"]
         results["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]

@@ -6,18 +6,23 @@ missed. Pictures are random; no data is needed.
 """
 
 import argparse
+import contextlib
+import io
+import itertools
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from kdutils import data, losses, models, train
+from kdutils import Study, data, grid, losses, models, train
 from kdutils._torchvision import torchvision
 
 BATCH = 128
@@ -279,6 +284,32 @@ def processes(steps: int, rounds: int) -> list[tuple[float, float]]:
             process.wait()
 
 
+def short_training(run, trial, steps):
+    """A run as studies have them: a small network, trained for some seconds."""
+    network, preloaded = build(**SMALL), list(batches(50)(1))
+    optimizer = sgd(network)
+    for _ in range(steps // 50):
+        bare(network, optimizer, preloaded)
+    return {"weight": float(next(network.parameters()).detach().sum())}
+
+
+def dask_workers(steps: int, count: int, rounds: int) -> list[tuple[float, float]]:
+    """Runs spread by ``Study.map`` over one Dask worker of one thread, and over two."""
+    from dask.distributed import LocalCluster
+
+    trials = itertools.count()
+
+    def spread(cluster):
+        study = Study("bench", scale="smoke", engine=cluster.scheduler_address)
+        fresh = [next(trials) for _ in range(count)]
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
+            study.map(study.run(short_training), grid(trial=fresh, steps=steps))
+
+    options = dict(threads_per_worker=1, dashboard_address=":0")
+    with LocalCluster(n_workers=1, **options) as one, LocalCluster(n_workers=2, **options) as two:
+        return in_turn(lambda: spread(one), lambda: spread(two), rounds)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer steps and rounds")
@@ -326,6 +357,13 @@ def main() -> int:
         pairs = terms(dear, dear | {"stored": True}, few, rounds)
         row(f"all from {teacher}: at every step, stored", pairs, few)
     row("4 × ConvVeryTiny: in turn, stacked", stacked(4, few, rounds), 4 * few)
+    if find_spec("distributed"):
+        few, count, turns = (400, 4, 2) if options.quick else (1000, 8, 3)
+        free = train.fabric().device.type == "cpu" and os.cpu_count() > 1  # for a second worker
+        pairs = dask_workers(few, count, turns)
+        row("runs by Dask: 1 worker, 2 workers", pairs, few * count, 1.7 if free else None)
+    else:
+        print("runs by Dask: not measured, needs the extra `cluster`")
     if options.processes:
         few = 4 if options.quick else 12
         row("a batch: 1 × 2 threads, 2 × 1", processes(few, rounds), 2 * few)

@@ -351,9 +351,10 @@ def test_compare_tells_same_bits_from_close_numbers_from_neither():
 
 def test_compare_leaves_times_out_and_finds_accuracies_inside_results():
     old = tiny_study()[1](seed=0).content
-    old = old | {"results": {"milliseconds": {"a": [1.0]}, "engines": {"a": {"box_accuracy": 0.9}}}}
+    times = {"milliseconds": {"a": [1.0]}, "time_shares": {"aten::mm": 0.5}}
+    old = old | {"results": times | {"engines": {"a": {"box_accuracy": 0.9}}}}
     new = json.loads(json.dumps(old))
-    new["results"]["milliseconds"]["a"] = [2.0]
+    new["results"] |= {"milliseconds": {"a": [2.0]}, "time_shares": {"aten::cat": 0.4}}
     assert records.compare(old, new) == (True, "the same numbers and weights, bit for bit")
     new["made"]["source"] = "another"
     assert records.compare(old, new) == (True, "made with another source; the same numbers")

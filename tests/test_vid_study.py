@@ -370,24 +370,30 @@ def parameters_of():
 def test_networks_trained_in_a_stack_go_where_they_go_alone(names):
     batches = list(names["parts"](0, SETTING).train(1))[:3]
     networks = [names["build"]("convverytiny", k, SETTING) for k in range(3)]
-    together = names["stacked"](copy.deepcopy(networks), batches, 0.003)
-    alone = [names["stepping"](n, names["from_labels"], batches, 0.003) for n in networks]
-    found = [(together(), sum(step() for step in alone)) for _ in range(6)]
-    for at_once, in_turn in found:
-        assert at_once == pytest.approx(in_turn, rel=0.02)
-    assert found[-1][0] < found[0][0] - 0.03  # and they do move
+    first = [[weight.detach().clone() for weight in n.parameters()] for n in networks]
+    stack, together = names["several"](copy.deepcopy(networks), batches, 0.003, stacked=True)
+    turn, apart = names["several"](networks, batches, 0.003, stacked=False)
+    for _ in range(6):
+        assert stack() == pytest.approx(turn(), rel=0.02)
+    for k, (before, alone) in enumerate(zip(first, apart, strict=True)):
+        moved = [
+            torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)])
+            for after in (alone, [weight[k] for weight in together.values()])
+        ]
+        assert F.cosine_similarity(*moved, dim=0) > 0.9
+        assert 0.9 < moved[0].norm() / moved[1].norm() < 1.1
 
 
 def test_every_loss_is_timed_and_an_impossible_one_left_out(names):
-    found = names["cost"](
+    found = names["step_cost"](
         teachers=["convtiny", "resnet10"], network="convverytiny", repeats=2, seed=0, **SETTING
     ).results
     assert set(found["milliseconds"]) == {
         "labels", "pairwise, convtiny", "all to all, convtiny", "Hinton, convtiny",
-        "all to all, resnet10", "Hinton, resnet10", "four in turn", "four at once",
+        "all to all, resnet10", "Hinton, resnet10", "four in turn", "four stacked",
     }  # fmt: skip
     assert all(0 < low <= mid <= high for low, mid, high in found["milliseconds"].values())
-    assert 0.3 < sum(found["profile"].values()) <= 1
+    assert 0.3 < sum(found["time_shares"].values()) <= 1
 
 
 @pytest.mark.parametrize(
