@@ -358,7 +358,7 @@ def main() -> int:
         row(f"all from {teacher}: at every step, stored", pairs, few)
     row("4 × ConvVeryTiny: in turn, stacked", stacked(4, few, rounds), 4 * few)
     if find_spec("distributed"):
-        few, count, turns = (100, 4, 1) if options.quick else (300, 6, 3)
+        few, count, turns = (100, 4, 1) if options.quick else (200, 6, 2)
         free = train.fabric().device.type == "cpu" and os.cpu_count() > 1  # for a second worker
         pairs = dask_workers(few, count, turns)
         row("runs by Dask: 1 worker, 2 workers", pairs, few * count, 1.7 if free else None)
