@@ -216,38 +216,6 @@ def terms(one: dict, other: dict, steps: int, rounds: int) -> list[tuple[float, 
     return in_turn(*runs, rounds)
 
 
-def stacked(count: int, steps: int, rounds: int) -> list[tuple[float, float]]:
-    """ConvVeryTinys trained one after another, and at once over stacked parameters."""
-    from torch.func import functional_call, stack_module_state, vmap
-
-    device, preloaded = train.fabric().device, list(batches(steps)(1))
-    drawn = [models.small_cnn("convverytiny", classes=10, seed=k).to(device) for k in range(count)]
-    optimizers = [torch.optim.AdamW(n.parameters(), lr=1e-3, fused=True) for n in drawn]
-    together, _ = stack_module_state(drawn)
-    optimizer = torch.optim.AdamW(together.values(), lr=1e-3, fused=True)
-
-    def one_loss(weights, images, labels):
-        return F.cross_entropy(functional_call(drawn[0], weights, (images,)), labels)
-
-    def loss(weights, batch):
-        every = vmap(one_loss, in_dims=(0, None, None))(weights, batch.images, batch.labels)
-        return every.sum()
-
-    class Stack(torch.nn.Module):  # what `bare` expects
-        def __getitem__(self, name):
-            return together
-
-    def apart():
-        for network, own in zip(drawn, optimizers, strict=True):
-            bare(network, own, preloaded)
-
-    return in_turn(
-        apart,
-        lambda: bare(Stack(), optimizer, preloaded, lambda n, batch: loss(n["all"], batch)),
-        rounds,
-    )
-
-
 def worker(steps: int) -> None:
     """Trains an epoch for every line it is sent, and answers when it is done."""
     network, preloaded = build(), list(batches(steps)(1))
@@ -356,7 +324,6 @@ def main() -> int:
         dear = {"term": "all", "teacher": teacher, "stored": False}
         pairs = terms(dear, dear | {"stored": True}, few, rounds)
         row(f"all from {teacher}: at every step, stored", pairs, few)
-    row("4 × ConvVeryTiny: in turn, stacked", stacked(4, few, rounds), 4 * few)
     if find_spec("distributed"):
         few, count, turns = (100, 4, 1) if options.quick else (200, 6, 2)
         free = train.fabric().device.type == "cpu" and os.cpu_count() > 1  # for a second worker
