@@ -3,16 +3,20 @@
 Knows folders, keys, records and how to spread work; knows nothing of what is trained.
 """
 
+import ctypes
 import hashlib
 import inspect
 import itertools
 import json
 import math
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -334,34 +338,38 @@ def _workers(study: Study) -> int:
 
 
 def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Record]:
-    """Compute the runs through joblib, where the study's engine says, and yield their records."""
-    import joblib
+    """Compute the runs where the study's engine says, and yield their records as they end."""
     from tqdm.auto import tqdm
 
-    client = None
-    if study.engine in ("serial", "processes"):
-        backend = {"backend": "loky" if study.engine == "processes" else "sequential"}
-    else:
-        from dask.distributed import Client
+    contents = _contents(study, run, missing)
+    for content in tqdm(contents, total=len(missing), desc=run.name, unit="run"):
+        folder = run.folder(content["arguments"])
+        if not (folder / "record.json").exists():  # a worker with a disk of its own
+            files.write(folder / "record.json", json.dumps(content, indent=1))
+        yield Record(content, folder, run)
 
-        if study.engine == "dask":
-            client = Client(n_workers=_workers(study), threads_per_worker=1)
-        else:
-            client = Client(study.engine)
-        backend = {"backend": "dask"}
-    try:
-        with joblib.parallel_config(**backend, n_jobs=-1 if client else _workers(study)):
-            calls = (joblib.delayed(_compute)(run, arguments) for arguments in missing)
-            contents = joblib.Parallel(return_as="generator_unordered")(calls)
-            for content in tqdm(contents, total=len(missing), desc=run.name, unit="run"):
-                folder = run.folder(content["arguments"])
-                if not (folder / "record.json").exists():  # a worker with a disk of its own
-                    files.write(folder / "record.json", json.dumps(content, indent=1))
-                yield Record(content, folder, run)
-    finally:
-        if client:
-            client.close()
+
+def _contents(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[dict]:
+    if study.engine in ("serial", "processes"):
+        import joblib
+
+        backend = "loky" if study.engine == "processes" else "sequential"
+        spread = joblib.Parallel(_workers(study), backend, return_as="generator_unordered")
+        yield from spread(joblib.delayed(_compute)(run, arguments) for arguments in missing)
+        return
+    from dask.distributed import Client, as_completed
+
+    here = dict(n_workers=_workers(study), threads_per_worker=1)
+    with Client(**here) if study.engine == "dask" else Client(study.engine) as client:
+        futures = client.map(partial(_compute, run), missing, pure=False)
+        yield from (content for _, content in as_completed(futures, with_results=True))
 
 
 def _compute(run: RunFunction, arguments: dict) -> dict:
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ and sys.platform == "linux":
+        # Dask has its workers give freed memory back at once. That is each step's: it would be
+        # faulted in anew, page by page, and two workers would wait for one kernel.
+        mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None).mallopt, -1, -3
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_MMAP_THRESHOLD, 2**25)
     return run.compute(arguments).content

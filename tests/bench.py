@@ -254,9 +254,9 @@ def processes(steps: int, rounds: int) -> list[tuple[float, float]]:
 
 def short_training(run, trial, steps):
     """A run as studies have them: a small network, trained for some seconds."""
-    network, preloaded = build(**SMALL), list(batches(50)(1))
+    network, preloaded = build(**SMALL), list(batches(10)(1))
     optimizer = sgd(network)
-    for _ in range(steps // 50):
+    for _ in range(steps // 10):
         bare(network, optimizer, preloaded)
     return {"weight": float(next(network.parameters()).detach().sum())}
 

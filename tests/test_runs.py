@@ -251,6 +251,32 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
     assert max(begun) > 1, "the worker was killed between runs, not midway"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
+def test_a_dask_worker_keeps_the_memory_that_its_next_step_needs():
+    distributed = pytest.importorskip("dask.distributed", reason="needs the extra `cluster`")
+    with distributed.LocalCluster(
+        n_workers=1, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
+        study = Study("memory", scale="laptop", engine=cluster.scheduler_address)
+        found = study.map(study.run(_page_faults), grid(trial=[0, 1]))
+    assert found.faults.max() < 2_000, "each of a hundred tensors of 1,024 pages is faulted in anew"
+
+
+def _page_faults(run, trial):
+    import resource
+
+    import torch
+
+    def used(times):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(times):
+            torch.ones(2**20)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    used(10)
+    return {"faults": used(100)}
+
+
 def test_a_worker_keeps_runs_where_its_own_machine_does(folders, monkeypatch):
     far = Study("far", scale="laptop", engine="tcp://host:8786")
     near = Study("far", scale="laptop", engine="processes")  # its workers may be older than it
