@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -53,12 +54,16 @@ READS = {"openvino": (".onnx", ".xml"), "onnxruntime": (".onnx",)}  # the last i
 
 
 def timed(calls: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-    """Quartiles of the milliseconds that each call takes, after a warm-up; they take turns."""
-    taken = {name: [] for name in calls}
+    """Quartiles of the milliseconds that each call takes, after a warm-up.
+
+    They take turns, in another order each time: what a call finds in the processor's caches is
+    what the one before it left.
+    """
+    taken, order = {name: [] for name in calls}, random.Random(0)
     for _ in range(5 + repeats):
-        for name, call in calls.items():
+        for name in order.sample(list(calls), len(calls)):
             started = time.perf_counter()
-            call()
+            calls[name]()
             taken[name].append(1000 * (time.perf_counter() - started))
     return {k: np.percentile(values[5:], [25, 50, 75]).tolist() for k, values in taken.items()}
 

@@ -12,6 +12,7 @@ import math
 import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ import pandas as pd
 from kdutils import files, records
 
 SCALES = ("smoke", "laptop", "paper")
+_ONE_AT_A_TIME = threading.Lock()  # a process has one random state and one number of threads
 
 
 class RunFailed(RuntimeError):
@@ -112,16 +114,15 @@ class Study:
     def __getstate__(self):
         """What a worker needs; the scratch folder stays with the study that made it."""
         far = "://" in self.engine and self.folder == self._own_folder()
-        return self.__dict__ | {
-            "_scratch": None,
-            "records": [],
-            "folder": None if far else self.folder,
-        }
+        own = {"_scratch": None, "records": []} | ({"folder": None} if far else {})
+        return self.__dict__ | own
 
     def __setstate__(self, state):
-        """On a far worker, whose disk may be its own: so is the folder of its runs."""
+        """On a far worker, whose disk may be its own: so are the folders of runs and records."""
         self.__dict__ |= state
-        self.folder = self.folder or self._own_folder()
+        if self.folder is None:
+            self.folder = self._own_folder()
+            self.published = self.published and records.published_folder() / self.name
 
 
 @dataclass
@@ -280,8 +281,8 @@ class RunFunction:
             results = {"error": str(error), "epoch": error.epoch, "step": error.step}
             content["status"] = "failed"
         else:
-            floats = {k: v for k, v in results.items() if isinstance(v, float)}
-            broken = [k for k, v in floats.items() if not math.isfinite(v)]
+            floats = ((k, v) for k, v in results.items() if isinstance(v, float))
+            broken = [k for k, v in floats if not math.isfinite(v)]
             if broken:
                 results = {"error": f"{', '.join(broken)} is not finite"}
                 content["status"] = "failed"
@@ -341,8 +342,7 @@ def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Rec
     """Compute the runs where the study's engine says, and yield their records as they end."""
     from tqdm.auto import tqdm
 
-    contents = _contents(study, run, missing)
-    for content in tqdm(contents, total=len(missing), desc=run.name, unit="run"):
+    for content in tqdm(_contents(study, run, missing), run.name, len(missing), unit="run"):
         folder = run.folder(content["arguments"])
         if not (folder / "record.json").exists():  # a worker with a disk of its own
             files.write(folder / "record.json", json.dumps(content, indent=1))
@@ -369,7 +369,7 @@ def _compute(run: RunFunction, arguments: dict) -> dict:
     if "MALLOC_TRIM_THRESHOLD_" in os.environ and sys.platform == "linux":
         # Dask has its workers give freed memory back at once. That is each step's: it would be
         # faulted in anew, page by page, and two workers would wait for one kernel.
-        mallopt, M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = ctypes.CDLL(None).mallopt, -1, -3
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        mallopt(M_MMAP_THRESHOLD, 2**25)
-    return run.compute(arguments).content
+        for option, value in {-1: 2**31 - 1, -3: 2**25}.items():  # M_TRIM_, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
+    with _ONE_AT_A_TIME:
+        return run.compute(arguments).content

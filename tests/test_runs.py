@@ -252,18 +252,23 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
-def test_a_dask_worker_keeps_the_memory_that_its_next_step_needs():
+def test_a_dask_worker_keeps_memory_for_its_next_step_and_computes_one_run_at_a_time():
     distributed = pytest.importorskip("dask.distributed", reason="needs the extra `cluster`")
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, dashboard_address=None
+        n_workers=1, threads_per_worker=2, dashboard_address=None
     ) as cluster:
         study = Study("memory", scale="laptop", engine=cluster.scheduler_address)
         found = study.map(study.run(_page_faults), grid(trial=[0, 1]))
     assert found.faults.max() < 2_000, "each of a hundred tensors of 1,024 pages is faulted in anew"
+    assert found.pid.nunique() == 1
+    assert os.getpid() not in set(found.pid), "computed here, not by the worker"
+    first, second = found.sort_values("begun").itertuples()
+    assert first.ended <= second.begun
 
 
 def _page_faults(run, trial):
     import resource
+    import time
 
     import torch
 
@@ -273,8 +278,10 @@ def _page_faults(run, trial):
             torch.ones(2**20)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
+    begun = time.monotonic()
     used(10)
-    return {"faults": used(100)}
+    time.sleep(0.2)
+    return {"faults": used(100), "pid": os.getpid(), "begun": begun, "ended": time.monotonic()}
 
 
 def test_a_worker_keeps_runs_where_its_own_machine_does(folders, monkeypatch):

@@ -133,7 +133,7 @@ def test_stored_layers_are_the_teachers_for_each_picture(names):
         torch.testing.assert_close(tap, expected[name], rtol=0.03, atol=0.03)
 
 
-def test_a_student_learns_and_its_teacher_does_not(names):
+def test_a_student_learns_from_the_teacher_that_its_record_names(names):
     record = names["vid"](**PAIR, **names["drawn"](0), **SETTING)
     losses_by_epoch = [row["loss"] for row in record.results["history"]]
     assert losses_by_epoch[1] < losses_by_epoch[0]
@@ -318,7 +318,7 @@ def test_learning_that_was_interrupted_ends_with_the_same_bits(names, tmp_path):
     def went(folder, epochs):
         (tmp_path / folder).mkdir(exist_ok=True)
         arguments = LEARNED | PAIR | SETTING | {"epochs": epochs}
-        # The teacher is trained for as many epochs as the student: take one of three for all.
+        # A teacher is trained for as many epochs as its student; here one epoch for both lengths.
         names["duration"] = lambda network, s: 1
         return learned(Run(tmp_path / folder, "key"), **arguments)
 
@@ -330,6 +330,9 @@ def test_learning_that_was_interrupted_ends_with_the_same_bits(names, tmp_path):
     resumed = went("parts", 2)
     for name in ("weights", "beta", "teacher_weights"):
         assert resumed[name] == whole[name]
+    results = [{k: v for k, v in row.items() if k != "seconds"} for row in whole["history"]]
+    again = [{k: v for k, v in row.items() if k != "seconds"} for row in resumed["history"]]
+    assert again == results
 
 
 def test_variances_learn_faster_and_nothing_decays_them(names, tmp_path, monkeypatch):
@@ -400,6 +403,9 @@ def test_every_loss_is_timed_and_an_impossible_one_left_out(names):
     ("wrong", "sentence"),
     [
         ({"tuning_seed": 0}, "tuning_seed is 0; it must not be in seeds"),
+        ({"sweep_seeds": [7]}, "sweep_seeds has 7; all of them must be in seeds"),
+        ({"temperature": 3.5}, "temperature is 3.5; it must be in sweep_temperatures"),
+        ({"tuning_betas": [0.5, 0.5]}, "tuning_betas"),
         ({"sweep_betas": [0.5, 1.5]}, r"parameter sweep_betas\[1\] is 1.5"),
         ({"beta": -0.1}, "parameter beta is -0.1"),
         ({"trials": 3}, "parameter trials is 3: .* greater than or equal to 4"),
