@@ -57,11 +57,14 @@ def published(study: str) -> list[dict]:
 
 
 def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Path]:
-    """Copy this machine's finished records of a study to the published ones; the files written."""
+    """Copy this machine's records of a study, those of failed runs too, to the published ones.
+
+    Returns the files written. A published record is never overwritten.
+    """
     written = []
     for path in sorted((runs_folder() / study).glob("*/record.json")):
         content = read(path)
-        if content and content["status"] == "done" and content["scale"] in scales:
+        if content and content["scale"] in scales:  # what diverged was tried too
             target = published_folder() / study / f"{path.parent.name}.json"
             if not target.exists():
                 files.write(target, path.read_bytes())

@@ -73,12 +73,13 @@ class Study:
             return lambda f: RunFunction(self, f, version)
         return RunFunction(self, function, version)
 
-    def map(self, run: "RunFunction", arguments: list[dict], *, optional=False) -> pd.DataFrame:
+    def map(self, run, arguments: list[dict], *, optional=False, failing=False) -> pd.DataFrame:
         """One row a run and epoch: arguments, history, and the run's other results.
 
         Runs without a record are computed by the engine (with ``train=False``: left out, and
-        having none at all is an error unless the runs are ``optional``). Says beforehand how many
-        there are to compute and, where records tell, how long that will take.
+        having none at all is a RunFailed unless the runs are ``optional``). Says beforehand how
+        many there are to compute and, where records tell, how long that will take. A run that
+        diverged is a RunFailed too; with ``failing`` it is one row, with its ``error``.
         """
         found = {run.key(a): run.find(a) for a in arguments}
         missing = [a for a in arguments if found[run.key(a)] is None]
@@ -92,7 +93,7 @@ class Study:
         if not done and not optional:
             raise RunFailed(f"no run of {run.name!r} has a record: let them be trained")
         failed = [r for r in done if r.content["status"] == "failed"]
-        if failed:
+        if failed and not failing:
             raise RunFailed("; ".join(_failure(r) for r in failed))
         known = {r.content["key"] for r in self.records}
         self.records += [r for r in done if r.content["key"] not in known]

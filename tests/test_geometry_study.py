@@ -334,6 +334,33 @@ def test_all_terms_are_timed_for_all_sizes(procedure):
     assert sorted(table[table.term == "step"].batch) == [8, 16]
 
 
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        (3.0, [1.0, 3.0, 10.0]),
+        (10.0, [1.0, 3.0, 10.0, 33.3]),
+        (1.0, [0.333, 1.0, 3.0, 10.0]),
+        (None, [1.0, 3.0, 10.0]),
+    ],
+)
+def test_a_list_is_made_longer_where_its_best_is_at_an_edge(procedure, best, expected):
+    assert procedure["longer"]([1.0, 3.0, 10.0], best) == expected
+    assert procedure["longer"]([2.0], best) == [2.0]
+
+
+def test_a_coefficient_is_chosen_once_all_were_tried(procedure):
+    rows = [("sp", 1.0, 0.4), ("sp", 3.0, 0.5), ("sp", 10.0, 0.0), ("cc", 1.0, 0.9)]
+    found = pd.DataFrame(rows, columns=["method", "coefficient", "validation_accuracy"])
+    assert procedure["best_of"](found, "sp", [1.0, 3.0, 10.0]) == 3.0
+    assert procedure["best_of"](found, "cc", [1.0, 3.0]) is None
+
+
+def test_the_second_teacher_is_worse_by_what_was_asked_where_one_is(procedure):
+    lengths = pd.Series({3: 0.30, 4: 0.41, 5: 0.39, 6: 0.45})
+    assert procedure["length_of"](lengths, 0.44) == 5
+    assert procedure["length_of"](lengths, 0.2) == 3
+
+
 WRONG = {
     "teacher_network": ("resnet9-8", "string should match pattern"),
     "student_network": ("vgg", "string should match pattern"),

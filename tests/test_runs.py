@@ -345,13 +345,25 @@ def test_smoke_trains_whatever_is_published():
     assert started(network.find({"seed": 0})) == 1
 
 
-def test_smoke_and_failed_runs_are_not_published():
-    study, network = tiny_study()
-    with pytest.raises(runs.RunFailed):
-        study.map(network, [{"seed": 0, "poison": [1, 1]}])
-    assert records.publish("tiny") == []
-    network(seed=1)
+def test_other_scales_are_not_published():
+    tiny_study()[1](seed=1)
     assert records.publish("tiny", scales=["paper"]) == []
+
+
+def test_a_search_reads_failed_candidates_also_where_only_published_records_are(folders):
+    study, network = tiny_study()
+    tries = [{"seed": 0, "poison": [1, 1]}, {"seed": 0}]
+    found = study.map(network, tries, failing=True)
+    assert len(records.publish("tiny")) == 2
+    os.environ["KDUTILS_RUNS"] = str(folders / "elsewhere")
+    study, network = tiny_study(train=False)
+    again = study.map(network, tries, failing=True)
+    assert list(again.key) == list(found.key)
+    failed = again[again.error.notna()]
+    assert failed.epoch.tolist() == [1]
+    assert failed.test_accuracy.isna().all()
+    with pytest.raises(runs.RunFailed, match="failed: "):
+        study.map(network, tries)
 
 
 def test_map_says_what_it_will_train_and_how_long_it_will_take(capsys):
