@@ -118,7 +118,7 @@ def publish(
         "paper",
     ),
 ):
-    """Copy this machine's finished records of a study into data/records, to be committed."""
+    """Copy this machine's records of a study into data/records, to be committed."""
     notebooks.find(study)
     written = records.publish(study, scale)
     for path in written:
