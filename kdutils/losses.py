@@ -87,18 +87,23 @@ def temperature_for_entropy(logits: np.ndarray, entropy: float) -> float:
 
 
 def class_centres(
-    features: torch.Tensor, labels: torch.Tensor, classes: int
+    features: torch.Tensor, labels: torch.Tensor, classes: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean feature vector of each class, and which classes there are.
 
     ``features`` (B, D), ``labels`` (B,) whole numbers below ``classes`` = C. Returns centres (C, D)
     and a mask (C,); the centre of a class without a picture is zero and the mask is False there.
     A batch gives a batch's centres; a whole training set gives fixed ones.
+
+    Without ``classes`` row i is the class of picture i, (B, D) and (B,); the mask is True at the
+    first picture of each class. Less work where C is above B. Rows of one batch belong together in
+    all networks, those of two batches do not.
     """
-    members = F.one_hot(labels, classes).T.to(features)
-    counts = members.sum(1)
+    members = labels[:, None] == labels if classes is None else F.one_hot(labels, classes).T
+    present = ~members.tril(-1).any(1) if classes is None else members.any(1)
+    share = members.to(features) / members.sum(1, keepdim=True).clamp(min=1)
     # A product in place of a loop or of scattered sums, whose order varies on a GPU.
-    return members @ features / counts.clamp(min=1)[:, None], counts > 0
+    return share @ features, present
 
 
 class MovingCentres(torch.nn.Module):
@@ -121,9 +126,8 @@ class MovingCentres(torch.nn.Module):
         self.register_buffer("seen", torch.zeros(classes, dtype=torch.bool))
 
     def forward(self, features, labels):
-        if features.shape[1] != self.centres.shape[1]:
-            width = self.centres.shape[1]
-            raise ValueError(f"features have width {features.shape[1]}, the centres {width}")
+        if (found := features.shape[1]) != (width := self.centres.shape[1]):
+            raise ValueError(f"features have width {found}, the centres {width}")
         centres, present = class_centres(features, labels, len(self.seen))
         kept = self.momentum * self.seen[:, None].to(centres)
         centres = kept * self.centres + (1 - kept) * centres
@@ -168,18 +172,18 @@ def geometric(
 
 
 def _similarities(centres, common, similarity):
-    known = common[:, None].to(centres)
-    count = known.sum()
-    moved = (centres - (known / count.clamp(min=1)).T @ centres) * known
+    known = common.to(centres)
+    mean = known / known.sum().clamp(min=1) @ centres
+    moved = centres - mean
+    products = moved @ moved.T  # all that follows is (C, C), which is less than (C, D)
+    squares = products.diagonal()
     # What rounding leaves of a centre at the mean is noise, and dividing by it would blow it up.
-    noise = 100 * torch.finfo(centres.dtype).eps * centres.norm(dim=1).max()
+    noise = (100 * torch.finfo(centres.dtype).eps) ** 2 * (squares.max() + mean @ mean).detach()
     if similarity == "cosine":
-        moved = moved / _nonzero(moved.norm(dim=1, keepdim=True), noise)
-        return moved @ moved.T
-    lengths = moved.square().sum(1)
-    squares = lengths + lengths[:, None] - 2 * moved @ moved.T
-    mean = 2 * lengths.sum() / (count - 1).clamp(min=1)  # of the squares, over pairs of classes
-    return torch.exp(-squares / (2 * _nonzero(mean, noise**2)))
+        inverse = _nonzero(squares, noise).rsqrt()
+        return products * inverse * inverse[:, None]
+    usual = 2 * known @ squares / (known.sum() - 1).clamp(min=1)  # the mean distance of two classes
+    return torch.exp((2 * products - squares - squares[:, None]) / (2 * _nonzero(usual, noise)))
 
 
 class FeatureKD(torch.nn.Module):

@@ -85,6 +85,29 @@ def test_a_label_beyond_the_classes_is_refused():
         knowing(features(), LABELS + 1)
 
 
+def test_without_a_number_of_classes_every_picture_has_the_row_of_its_class():
+    x, labels = torch.tensor(features()), torch.tensor(LABELS)
+    centres, first = losses.class_centres(x, labels)
+    every, _ = losses.class_centres(x, labels, CLASSES)
+    np.testing.assert_allclose(centres, every[labels], atol=1e-15)
+    met = np.unique(LABELS, return_index=True)[1]
+    assert torch.nonzero(first).flatten().tolist() == sorted(met)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "rbf"])
+def test_geometric_is_the_same_with_a_row_a_picture_as_with_a_row_a_class(similarity):
+    x, labels = torch.tensor(features(), requires_grad=True), torch.tensor(LABELS)
+    teacher = torch.tensor(features(1, width=7))
+    found = []
+    for classes in (None, CLASSES, 1000):
+        both = [losses.class_centres(each, labels, classes) for each in (x, teacher)]
+        loss = losses.geometric(*both, similarity)
+        found.append((loss.detach(), torch.autograd.grad(loss, x)[0]))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-10, atol=1e-15)
+
+
 def test_moving_centres_are_an_average_over_batches_that_starts_at_the_first_sight():
     average = losses.MovingCentres(CLASSES, 5, momentum=0.8).double()
     expected = np.zeros((CLASSES, 5))

@@ -228,15 +228,16 @@ def test_every_term_teaches_the_student_and_leaves_the_teacher_alone(procedure_n
     assert given_.features.grad is None
 
 
+@pytest.mark.parametrize("classes", [5, 20])  # fewer and more than pictures in the batch
 @pytest.mark.parametrize("variant", ["geometric", "moving", "rbf", "fixed"])
-def test_a_variant_is_the_geometric_term_of_its_own_centres(procedure_names, variant):
+def test_a_variant_is_the_geometric_term_of_its_own_centres(procedure_names, variant, classes):
     own, given_ = (drawn(procedure_names, s, w).features.detach() for s, w in ((0, 6), (1, 4)))
     labels = torch.arange(12) % 4  # class 4 has no picture
-    aids = {"classes": 5, **procedure_names["modules"]([variant], 6, 4, 5, 0).double()}
+    aids = {"classes": classes, **procedure_names["modules"]([variant], 6, 4, classes, 0).double()}
     training = drawn(procedure_names, 2, 4).features.detach()
-    aids["fixed"] = losses.class_centres(training, torch.arange(12) % 5, 5)
+    aids["fixed"] = losses.class_centres(training, torch.arange(12) % 5, classes)
     found = procedure_names["geometric"](variant, own, given_, labels, aids)
-    ours, theirs = (losses.class_centres(x, labels, 5) for x in (own, given_))
+    ours, theirs = (losses.class_centres(x, labels, classes) for x in (own, given_))
     plain = losses.geometric(ours, theirs)
     expected = {
         "geometric": plain,
@@ -247,7 +248,7 @@ def test_a_variant_is_the_geometric_term_of_its_own_centres(procedure_names, var
     assert float(found) == pytest.approx(float(expected), rel=1e-12)
     if variant == "moving":
         again = procedure_names["geometric"](variant, own.flip(0), given_, labels, aids)
-        fresh = losses.geometric(losses.class_centres(own.flip(0), labels, 5), theirs)
+        fresh = losses.geometric(losses.class_centres(own.flip(0), labels, classes), theirs)
         assert float(again) != pytest.approx(float(fresh), rel=1e-3)
 
 
