@@ -121,9 +121,7 @@ def publish(
     """Copy this machine's records of a study into data/records, to be committed."""
     notebooks.find(study)
     written = records.publish(study, scale)
-    for path in written:
-        print(path)
-    print(f"{len(written)} records published")
+    print(*written, f"{len(written)} records published", sep="\n")
 
 
 @app.command()

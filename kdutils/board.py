@@ -5,8 +5,11 @@ Copy this file and a folder of networks to the board, then
     python board.py boards-… --board "Raspberry Pi 4B" --output pi.json
 
 The study's page shows every such file in ``data/records/concierge/boards`` beside the paper's
-tables. It must not import from kdutils, since the board has none of it.
+tables. It must not import from kdutils, since the board has none of it, and runs on Python 3.8,
+since boards are old.
 """
+
+from __future__ import annotations
 
 import argparse
 import hashlib
@@ -17,7 +20,6 @@ import random
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +30,14 @@ class EngineError(RuntimeError):
 
 
 def openvino(path: Path, threads: int) -> tuple[Callable, tuple]:
-    """A network in OpenVINO, from an array to its outputs, and the shape that it takes."""
+    """A network in OpenVINO, from an array to its outputs, and the shape that it takes.
+
+    What is not int8 is computed in 32 bits, as in the study, which some processors would not do
+    by themselves.
+    """
     import openvino
 
-    options = {"PERFORMANCE_HINT": "LATENCY"}
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if threads:
         options["INFERENCE_NUM_THREADS"] = threads
     model = openvino.Core().compile_model(str(path), "CPU", options)
@@ -81,13 +87,19 @@ def chosen(wanted: str) -> str:
 
 
 def networks(folders: list[Path], engine: str) -> dict[str, Path]:
-    """The networks in these folders that the engine reads, by name."""
+    """The networks in these folders that the engine reads, by name.
+
+    Raises :class:`EngineError` for what is no folder, where there is no network, and where two
+    folders have one of the same name.
+    """
     found = {}
     for folder in folders:
         if not folder.is_dir():
             raise EngineError(f"{folder} is no folder")
-        for suffix in READS[engine]:
-            found |= {path.stem: path for path in sorted(folder.glob(f"*{suffix}"))}
+        here = {p.stem: p for suffix in READS[engine] for p in sorted(folder.glob(f"*{suffix}"))}
+        for name in found.keys() & here.keys():
+            raise EngineError(f"{found[name]} and {here[name]} have one name; rename one")
+        found.update(here)
     if not found:
         places = ", ".join(map(str, folders))
         raise EngineError(f"there is no network in {places} ({' or '.join(READS[engine])})")
@@ -95,11 +107,14 @@ def networks(folders: list[Path], engine: str) -> dict[str, Path]:
 
 
 def measured(board: str, folders: list[Path], engine: str, threads: int, repeats: int) -> dict:
-    """What is written: the quartiles of every network, and on what they were measured."""
-    from importlib.metadata import version
+    """What is written: the quartiles of every network, and on what they were measured.
+
+    Times are milliseconds. Raises :class:`EngineError` naming what cannot be read.
+    """
+    from importlib import import_module
 
     engine = chosen(engine)
-    rng, calls, digests = np.random.default_rng(0), {}, {}
+    rng, calls, digests, shapes = np.random.default_rng(0), {}, {}, {}
     for name, path in networks(folders, engine).items():
         try:
             look, shape = ENGINES[engine](path, threads)
@@ -107,19 +122,28 @@ def measured(board: str, folders: list[Path], engine: str, threads: int, repeats
             raise EngineError(f"{engine} cannot read {path} ({error})") from None
         values = rng.random(shape, dtype=np.float32) - np.float32(0.5)
         calls[name] = lambda look=look, values=values: look(values)
-        digests[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        digests[name] = digest(path)
+        shapes[name] = list(shape)
     return {
         "board": board,
-        "measured": datetime.now(UTC).date().isoformat(),
+        "measured": time.strftime("%Y-%m-%d", time.gmtime()),
         "milliseconds": timed(calls, repeats),
         "repeats": repeats,
         "threads": threads,
         "engine": engine,
-        "version": version(engine),
+        "version": import_module(engine).__version__,
+        "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.platform(),
         "sha256": digests,
+        "shapes": shapes,
     }
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a network's file; OpenVINO keeps the weights in a second one, ``.bin``."""
+    both = (path, path.with_suffix(".bin")) if path.suffix == ".xml" else (path,)
+    return hashlib.sha256(b"".join(part.read_bytes() for part in both)).hexdigest()
 
 
 def main() -> None:
@@ -133,6 +157,8 @@ def main() -> None:
     given = parser.parse_args()
     if given.threads < 0 or given.repeats < 1:
         parser.error("--threads must be 0 or more and --repeats 1 or more")
+    if not given.output.parent.is_dir():
+        parser.error(f"{given.output.parent} is no folder")
     try:
         found = measured(given.board, given.folders, given.engine, given.threads, given.repeats)
     except EngineError as error:

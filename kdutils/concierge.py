@@ -1,7 +1,8 @@
 """The device's program: enrol people from a clip, recognise them, forget them. No PyTorch.
 
-Reads what the study's last run wrote (``model.json`` and the files it names), asks OpenVINO or ONNX
-Runtime, and keeps embeddings in SQLite. It must not know how networks are trained.
+The totem is the paper's word for the device. Reads what the study's last run wrote (``model.json``
+and the files it names), asks OpenVINO or ONNX Runtime, and keeps embeddings in SQLite. It must not
+know how networks are trained.
 """
 
 import json
@@ -44,10 +45,12 @@ class Totem:
             self.frames, self.size, self.emotions, heads, self.threshold, named = (
                 told[key] for key in KEYS
             )
-            self.heads = {name: slice(*heads[name]) for name in HEADS}
-        except FileNotFoundError:
+            self.heads = {name: slice(*map(int, heads[name])) for name in HEADS}
+            self.threshold, named = float(self.threshold), dict(named)
+            self.people = int(told.get("false_accepts", {}).get("people", 0))
+        except (FileNotFoundError, NotADirectoryError):
             raise TotemError(f"{path} does not exist: run the study, or name its folder") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TotemError(f"{path} is damaged ({error!r})") from None
         for name, expected in named.items():
             file = self.folder / name
@@ -57,7 +60,11 @@ class Totem:
                 raise TotemError(f"{file} is damaged: its SHA-256 is not the one in {path}")
         self.identity = files.sha256(path)
         self.engine = self._choose(engine, named)
-        self._look, _ = ENGINES[self.engine](self.folder / STUDENT[self.engine], threads)
+        student = self.folder / STUDENT[self.engine]
+        try:
+            self._look, _ = ENGINES[self.engine](student, threads)
+        except Exception as error:  # whatever an engine raises
+            raise TotemError(f"{self.engine} cannot read {student} ({error})") from None
 
     def _choose(self, wanted: str, named: dict) -> str:
         if wanted and wanted not in ENGINES:
@@ -94,15 +101,18 @@ def _unit(values: np.ndarray) -> np.ndarray:
 class People:
     """Enrolled people: one embedding each, in an SQLite file of their own; use in ``with``.
 
-    Raises :class:`TotemError` where the file is damaged or is no database of ours.
+    ``new`` makes the file where there is none. Raises :class:`TotemError` where the file is absent,
+    damaged, locked by another program, or no database of ours.
     """
 
     TABLE = "people (name TEXT PRIMARY KEY, embedding BLOB NOT NULL, model TEXT NOT NULL)"
 
-    def __init__(self, path: Path):
-        self.path = Path(path)
+    def __init__(self, path: Path, new: bool = False):
+        self.path, self.new = Path(path), new
 
     def __enter__(self) -> "People":
+        if not self.new and not self.path.exists():
+            raise TotemError(f"{self.path} does not exist: nobody is enrolled")
         try:
             self.database = sqlite3.connect(self.path)
         except sqlite3.Error as error:
@@ -116,11 +126,15 @@ class People:
             self.database.execute("SELECT name, embedding, model FROM people LIMIT 1")
         except sqlite3.Error as error:
             self.database.close()
-            raise TotemError(f"{self.path} is damaged and was not used ({error})") from None
+            busy = "locked" in str(error) or "readonly" in str(error)
+            what = "cannot be used now" if busy else "is damaged and was not used"
+            raise TotemError(f"{self.path} {what} ({error})") from None
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
         self.database.close()
+        if isinstance(error, sqlite3.Error):  # a full disk, a file that may not be written
+            raise TotemError(f"{self.path} was not changed ({error})") from None
 
     def add(self, name: str, embedding: np.ndarray, model: str) -> None:
         """Keep a person's embedding (D,); a name that is there already is refused."""
@@ -142,6 +156,7 @@ class People:
         self.database.execute("VACUUM")
 
     def names(self) -> list[str]:
+        """All enrolled people, in the order of their names."""
         return [name for (name,) in self.database.execute("SELECT name FROM people ORDER BY name")]
 
     def gallery(self, model: str, width: int) -> tuple[list[str], np.ndarray]:
@@ -186,8 +201,7 @@ def clips(source: str, frames: int, size: int, every: int = 1) -> Iterator[tuple
             for frame in container.decode(video=0):
                 held.append(frame)
                 if len(held) == frames * every:
-                    small = {"format": "rgb24", "width": size, "height": size}
-                    yield np.stack([one.to_ndarray(**small) for one in held[::every]]), held
+                    yield np.stack([_squashed(one, size) for one in held[::every]]), held
                     held, any_yet = [], True
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise TotemError(f"{source} cannot be read ({error})") from None
@@ -195,8 +209,19 @@ def clips(source: str, frames: int, size: int, every: int = 1) -> Iterator[tuple
         raise TotemError(f"{source} has {len(held)} frames; a clip needs {frames * every}")
 
 
+def _squashed(frame, size: int) -> np.ndarray:
+    """A frame as (S, S, 3) uint8, made small in the way of the folder on which one trains."""
+    from PIL import Image
+
+    small = frame.to_image().convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(small)
+
+
 class Film:
-    """A video file of the frames seen, with box, emotion and person drawn in."""
+    """A video file of the frames seen, with box, emotion and person drawn in.
+
+    Raises :class:`TotemError` where it cannot be written.
+    """
 
     def __init__(self, path: Path):
         import av
@@ -207,7 +232,8 @@ class Film:
             raise TotemError(f"{path} cannot be written ({error})") from None
         self.stream = None
 
-    def add(self, frames: list, box, text: str, rate) -> None:
+    def add(self, frames: list, box, text: str, rate: int) -> None:
+        """Add frames at ``rate`` a second; ``box`` is cx, cy, w, h in shares of the picture."""
         import av
         from PIL import Image, ImageDraw
 
@@ -227,6 +253,7 @@ class Film:
             self.container.mux(self.stream.encode(av.VideoFrame.from_image(picture)))
 
     def close(self) -> None:
+        """Write what is left; without it the file cannot be played."""
         if self.stream is not None:
             self.container.mux(self.stream.encode())
         self.container.close()
@@ -265,9 +292,16 @@ def enrol(
     totem = Totem(model or newest(), engine, threads)
     seen = [totem.look(clip) for clip, _ in clips(str(video), totem.frames, totem.size, every)]
     embedding = _unit(np.mean([found["embedding"] for found in seen], 0))
-    with People(database) as people:
+    with People(database, new=True) as people:
         people.add(name, embedding, totem.identity)
+        count = len(people.names())
     print(f"{name} is enrolled from {len(seen)} clips")
+    if 0 < totem.people < count:
+        typer.echo(
+            f"The rate at which strangers are let in was set with {totem.people} people enrolled; "
+            f"with {count} it is higher.",
+            err=True,
+        )
 
 
 @app.command("recognise")
@@ -281,10 +315,16 @@ def recognise(
     every: Every = 6,
 ):
     """Box, emotion and person or stranger of every clip, as JSON lines with frames a second."""
+    if video and video.resolve() == Path(source).resolve():
+        raise TotemError(f"--video would overwrite {source}, which is to be read")
     totem = Totem(model or newest(), engine, threads)
     width = totem.heads["embedding"].stop - totem.heads["embedding"].start
-    with People(database) as people:
-        names, gallery = people.gallery(totem.identity, width)
+    names, gallery = [], np.empty((0, width))
+    if database.exists():
+        with People(database) as people:
+            names, gallery = people.gallery(totem.identity, width)
+    if not names:
+        typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
     writer = Film(video) if video else None
     try:
         started = time.perf_counter()
@@ -332,5 +372,5 @@ def list_people(database: Database = PEOPLE):
 if __name__ == "__main__":  # on a device, where the rest of kdutils' libraries may be absent
     try:
         app()
-    except TotemError as error:
+    except (TotemError, OSError) as error:
         sys.exit(f"kdutils: {error}")

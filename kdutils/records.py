@@ -59,12 +59,14 @@ def published(study: str) -> list[dict]:
 def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Path]:
     """Copy this machine's records of a study, those of failed runs too, to the published ones.
 
-    Returns the files written. A published record is never overwritten.
+    Returns the files written. A published record is never overwritten, and one of a ``folder`` of
+    one's own never published: it may hold what people are recognised by.
     """
     written = []
     for path in sorted((runs_folder() / study).glob("*/record.json")):
         content = read(path)
-        if content and content["scale"] in scales:  # what diverged was tried too
+        # What diverged was tried too.
+        if content and content["scale"] in scales and not content["arguments"].get("folder"):
             target = published_folder() / study / f"{path.parent.name}.json"
             if not target.exists():
                 files.write(target, path.read_bytes())

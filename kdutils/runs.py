@@ -174,13 +174,17 @@ class Record:
         }
 
     def weights(self, name: str) -> Path:
-        """The file of weights ``name``, e.g. ``e6``. What is gone or damaged is trained again."""
+        """The file of weights ``name``, e.g. ``e6``. What is gone or damaged is trained again.
+
+        The record is then that of the training that made the file, as other machines' bits differ.
+        """
         file = f"{name}.safetensors"
         if file not in self.content["weights"]:
             raise KeyError(f"run {self.content['key']} kept no weights {name!r}")
         made = self.run.compute(self.arguments, needs=file)
         if made.content["status"] == "failed":
             raise RunFailed(_failure(made))
+        self.content = made.content
         return made.folder / file
 
 

@@ -1,11 +1,13 @@
 """Timing networks on a board: one file, NumPy and an engine, and nothing else."""
 
+import ast
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kdutils import board, notebooks
@@ -55,6 +57,7 @@ def test_the_file_alone_times_networks_and_leaves_a_record(engine, folder, tmp_p
     assert 0 < low <= middle <= high
     assert (found["board"], found["engine"], found["repeats"]) == ("Płytka 4B", engine, 3)
     assert found["sha256"] == {"student-face": sha256(folder / "student-face.onnx")}
+    assert found["shapes"] == {"student-face": [1, 6, 32, 32]}
     assert not list(tmp_path.glob(".*"))
 
 
@@ -71,6 +74,8 @@ def test_what_is_wrong_is_said_and_no_file_is_left(folder, tmp_path):
         run = on_a_board(tmp_path, where, *options)
         assert run.returncode == 1
         assert run.stderr.startswith(sentence), run.stderr
+    run = on_a_board(tmp_path, folder, "--board", "pi", "--output", "no/pi.json")
+    assert "no is no folder" in run.stderr  # before minutes of timing
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -80,6 +85,37 @@ def test_an_engine_that_is_not_there_is_named(monkeypatch):
         board.chosen("openvino")
     with pytest.raises(board.EngineError, match="install openvino or onnxruntime"):
         board.chosen("")
+
+
+def test_an_old_board_can_read_the_file():
+    ast.parse(Path(board.__file__).read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+def test_a_board_computes_what_the_study_does(folder):
+    """In 32 bits, where a processor with 16-bit arithmetic would use that by itself."""
+    pytest.importorskip("openvino", reason="engines are in the extra 'edge'")
+    study = notebooks.procedure("concierge", {"scale": "laptop", "train_missing": False})
+    path = folder / "student-face.onnx"
+    look, shape = board.openvino(path, 1)
+    values = np.random.default_rng(0).random(shape, dtype=np.float32)
+    np.testing.assert_array_equal(look(values), study["openvino_session"](path, "f32")(values))
+
+
+def test_the_fingerprint_of_an_openvino_network_is_that_of_its_weights_too(tmp_path):
+    (tmp_path / "a.xml").write_bytes(b"layers")
+    found = []
+    for weights in (b"1", b"2"):
+        (tmp_path / "a.bin").write_bytes(weights)
+        found.append(board.digest(tmp_path / "a.xml"))
+    assert found[0] != found[1]
+
+
+def test_two_networks_of_one_name_are_refused(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.onnx").touch()
+    with pytest.raises(board.EngineError, match=r"one/a\.onnx and .*two/a\.onnx have one name"):
+        board.networks([tmp_path / "one", tmp_path / "two"], "openvino")
 
 
 def test_openvinos_own_files_are_preferred_by_openvino_alone(tmp_path):

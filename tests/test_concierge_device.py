@@ -91,7 +91,7 @@ def test_a_person_is_enrolled_recognised_and_forgotten_without_pytorch(model, vi
 
 def test_what_is_forgotten_leaves_no_bytes(tmp_path):
     embedding = np.random.default_rng(0).random(64).astype("<f4")
-    with People(tmp_path / "p.sqlite3") as people:
+    with People(tmp_path / "p.sqlite3", new=True) as people:
         people.add("Ada", embedding, "m")
         people.add("Bo", embedding[::-1].copy(), "m")
         people.remove("Ada")
@@ -148,10 +148,9 @@ def flip(path):
     path.write_bytes(content)
 
 
-def rename(path):
-    content = json.loads(path.read_text())
-    content["files"] = {"../student.onnx": "0"}
-    path.write_text(json.dumps(content))
+def rewrite(folder, **entries):
+    path = folder / "model.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
 
 
 DAMAGE = {
@@ -159,7 +158,12 @@ DAMAGE = {
     "a file": (lambda f: (f / "student.onnx").unlink(), r"student\.onnx does not exist, though"),
     "no JSON": (lambda f: (f / "model.json").write_text("{"), r"model\.json is damaged"),
     "a key": (lambda f: (f / "model.json").write_text("{}"), r"model\.json is damaged .*'frames'"),
-    "climbs out": (lambda f: rename(f / "model.json"), r"\.\./student\.onnx does not exist"),
+    "climbs out": (
+        lambda f: rewrite(f, files={"../student.onnx": "0"}),
+        r"\.\./student\.onnx does not exist",
+    ),
+    "a list": (lambda f: rewrite(f, files=[1]), r"model\.json is damaged"),
+    "a word": (lambda f: rewrite(f, threshold="high"), r"model\.json is damaged .*'high'"),
     "all": (lambda f: (f / "model.json").unlink(), r"model\.json does not exist"),
 }
 
@@ -192,15 +196,55 @@ def test_a_damaged_database_is_named_and_not_half_read(tmp_path):
     with pytest.raises(TotemError, match=r"p\.sqlite3 is damaged"), People(path):
         pass
     path.unlink()
-    with People(path) as people:
+    with People(path, new=True) as people:
         people.add("Ada", np.ones(4, "<f4"), "m")
         people.database.execute("UPDATE people SET embedding = x'00'")
         with pytest.raises(TotemError, match="damaged: the embedding of 'Ada' is none"):
             people.gallery("m", 4)
 
 
+def test_a_database_that_is_busy_read_only_or_absent_is_not_called_damaged(tmp_path, monkeypatch):
+    path = tmp_path / "p.sqlite3"
+    with pytest.raises(TotemError, match=r"p\.sqlite3 does not exist: nobody is enrolled"):
+        People(path).__enter__()
+    assert not path.exists()
+    with People(path, new=True) as people:
+        people.add("Ada", np.ones(4, "<f4"), "m")
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda where: connect(where, timeout=0))
+    with connect(path) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(TotemError, match=r"cannot be used now .*locked"), People(path):
+            pass
+
+    def removed_where_nothing_can_be_written():
+        with People(path) as people:
+            people.database.execute("PRAGMA query_only = ON")
+            people.remove("Ada")
+
+    with pytest.raises(TotemError, match=r"was not changed .*readonly"):
+        removed_where_nothing_can_be_written()
+
+
+def test_more_people_than_the_threshold_was_set_with_are_said(model, videos, tmp_path):
+    copy = damaged_model(tmp_path, model, lambda folder: None)
+    content = json.loads((copy / "model.json").read_text())
+    content["false_accepts"] = {"share": 0.05, "people": 1}
+    (copy / "model.json").write_text(json.dumps(content))
+    words = ["--model", copy, "--database", tmp_path / "p.sqlite3", "--every", 1]
+    command = [sys.executable, "-m", "kdutils", "concierge", "enrol"]
+    said = []
+    for name, video in zip(("Ada", "Bo"), videos, strict=True):
+        run = subprocess.run(
+            [*command, name, *map(str, [video, *words])], capture_output=True, text=True
+        )
+        said.append(run.stderr)
+    assert said[0] == ""
+    assert "was set with 1 people enrolled; with 2 it is higher" in said[1]
+
+
 def test_people_enrolled_with_another_model_are_not_compared(tmp_path):
-    with People(tmp_path / "p.sqlite3") as people:
+    with People(tmp_path / "p.sqlite3", new=True) as people:
         people.add("Ada", np.ones(4, "<f4"), "old")
         with pytest.raises(TotemError, match="'Ada' was enrolled with another model"):
             people.gallery("new", 4)
@@ -210,18 +254,22 @@ def test_people_enrolled_with_another_model_are_not_compared(tmp_path):
     ("words", "sentence"),
     [
         (["forget", "Nobody"], "'Nobody' is not enrolled in "),
+        (["recognise", "a.mp4", "--video", "a.mp4"], "--video would overwrite a.mp4"),
         (["enrol", "Ada", "missing.mp4"], "missing.mp4 cannot be read"),
         (["recognise", "missing.mp4"], "missing.mp4 cannot be read"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(words, sentence, model, tmp_path):
+    if words[0] == "forget":
+        with People(tmp_path / "p.sqlite3", new=True) as people:
+            people.add("Ada", np.ones(4, "<f4"), "m")
     options = ["--database", tmp_path / "p.sqlite3"]
     options += ["--model", model] if words[0] != "forget" else []
     assert program(*words, *options, code=2).startswith(f"kdutils: {sentence}")
 
 
 def test_a_name_twice_a_short_video_and_no_model_are_refused(model, tmp_path):
-    with People(tmp_path / "p.sqlite3") as people:
+    with People(tmp_path / "p.sqlite3", new=True) as people:
         people.add("Ada", np.ones(4, "<f4"), "m")
         with pytest.raises(TotemError, match="'Ada' is enrolled already; forget 'Ada' first"):
             people.add("Ada", np.ones(4, "<f4"), "m")

@@ -334,7 +334,9 @@ def test_a_published_run_is_trained_again_when_its_weights_are_wanted(folders):
     os.environ["KDUTILS_RUNS"] = str(folders / "elsewhere")
     record = tiny_study()[1](seed=0)
     assert not record.folder.exists()
+    elsewhere = record.content["made"]["seconds"]
     assert record.weights("e3").read_bytes() == expected
+    assert record.content["made"]["seconds"] != elsewhere  # it says how this file was made
 
 
 def test_smoke_trains_whatever_is_published():
@@ -348,6 +350,15 @@ def test_smoke_trains_whatever_is_published():
 def test_other_scales_are_not_published():
     tiny_study()[1](seed=1)
     assert records.publish("tiny", scales=["paper"]) == []
+
+
+def test_what_was_trained_on_a_folder_of_ones_own_is_not_published():
+    tiny_study()[1](seed=1)
+    (path,) = (records.runs_folder() / "tiny").glob("*/record.json")
+    content = json.loads(path.read_text())
+    content["arguments"]["folder"] = "recordings"
+    path.write_text(json.dumps(content))
+    assert records.publish("tiny") == []
 
 
 def test_a_search_reads_failed_candidates_also_where_only_published_records_are(folders):
