@@ -32,9 +32,11 @@ def means(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
     """Every seed as a small point, and per group the mean with its 95 % interval over seeds."""
     ax = ax or plt.subplots()[1]
     common = {"data": frame, "x": x, "y": y, "hue": hue, "ax": ax}
-    common["dodge"] = 0.4 if frame[hue].nunique() > 1 else False
-    sns.stripplot(**common, size=6, alpha=0.7, jitter=False, legend=False)
-    sns.pointplot(**common, errorbar=_span, linestyle="none", capsize=0.08, markersize=7)
+    hues = frame[hue].nunique()
+    sns.stripplot(**common, dodge=hues > 1, size=6, alpha=0.7, jitter=False, legend=False)
+    # Seeds are spread over 0.8 of a category, so that is how far apart their means have to lie.
+    side = {"dodge": 0.8 * (1 - 1 / hues) if hues > 1 else False, "linestyle": "none"}
+    sns.pointplot(**common, **side, errorbar=_span, capsize=0.08, markersize=7)
     ax.legend(title=None, frameon=False)
     return ax
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from kdutils import notebooks, records, scenes
+from kdutils.parameters import ParameterError
 
 SHAPE = {"embedding": 8, "frames": 4, "size": 32}
 SETTING = {
@@ -336,10 +337,33 @@ def test_a_wrong_setting_stops_with_one_sentence(study):
         ({"size": 40}, "size is 40; it must be a multiple of 16"),
         ({"pad": 9}, "pad is 9; it must be at most size / 16 = 4"),
         ({"bounded": 1}, "parameter bounded is 1"),
+        ({"clips": [70, 2240, 2800]}, r"clips\[0\] is 70; everybody in training needs one"),
+        ({"clips": [5600, 158, 2800]}, r"clips\[1\] is 158; 40 strangers need 160"),
+        ({"device": True, "runtimes": ["torch"]}, "device needs runtimes with onnxruntime or"),
     ]
     for change, sentence in wrong:
         with pytest.raises(ValueError, match=sentence):
             check(given | change)
+
+
+@pytest.mark.parametrize(
+    ("people", "fine"), [([5, 5, 6, 6], True), ([5, 5, 6], True), ([5, 5], False), ([5, 6], False)]
+)
+def test_a_folder_with_too_few_strangers_is_refused_before_training(study, people, fine):
+    part = SimpleNamespace(
+        people=np.array([1, 2, *people]), registered=np.arange(2 + len(people)) < 2
+    )
+    if fine:
+        study["enough_strangers"](part, "test")
+    else:
+        with pytest.raises(
+            ParameterError, match=r"folder: the test part has \d people who are not"
+        ):
+            study["enough_strangers"](part, "test")
+
+
+def test_emotions_have_the_same_names_and_order_where_they_are_drawn(study):
+    assert study["EMOTIONS"] == list(scenes.EMOTIONS)
 
 
 def test_a_missing_engine_is_said_before_anything_is_trained(study, monkeypatch):

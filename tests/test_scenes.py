@@ -121,7 +121,7 @@ def test_too_little_to_draw_is_refused_in_one_sentence(identities, frames, size)
         scenes.draw(identities, 3, seed=0, frames=frames, size=size)
 
 
-def test_play_decides_how_hard_clips_are_and_defaults_to_the_hardest():
+def test_play_decides_how_hard_clips_are():
     hard = scenes.clip(1, 4, seed=0, index=0, frames=3, size=32)
     assert np.array_equal(hard[0], scenes.clip(1, 4, seed=0, index=0, frames=3, size=32)[0])
     still = scenes.Play(weakest=1.0, drift=0.0, covered=0.0)
