@@ -59,15 +59,20 @@ ENGINES = {"openvino": openvino, "onnxruntime": onnxruntime}  # by falling speed
 READS = {"openvino": (".onnx", ".xml"), "onnxruntime": (".onnx",)}  # the last is preferred
 
 
-def timed(calls: dict[str, Callable], repeats: int, clock=time.perf_counter) -> dict[str, list]:
+def timed(
+    calls: dict[str, Callable], repeats: int, clock=time.perf_counter, warm: int = 0
+) -> dict[str, list]:
     """Quartiles of the milliseconds that each call takes by the clock, after a warm-up.
 
     They take turns, in another order each time: what a call finds in the processor's caches is
-    what the one before it left.
+    what the one before it left. With ``warm`` that is itself: it is called so many times before
+    the one that counts, as on a device that runs one network and nothing else.
     """
     taken, order = {name: [] for name in calls}, random.Random(0)
     for _ in range(5 + repeats):
         for name in order.sample(list(calls), len(calls)):
+            for _ in range(warm):
+                calls[name]()
             started = clock()
             calls[name]()
             taken[name].append(1000 * (clock() - started))
@@ -127,7 +132,7 @@ def measured(board: str, folders: list[Path], engine: str, threads: int, repeats
     return {
         "board": board,
         "measured": time.strftime("%Y-%m-%d", time.gmtime()),
-        "milliseconds": timed(calls, repeats),
+        "milliseconds": timed(calls, repeats, warm=3),
         "repeats": repeats,
         "threads": threads,
         "engine": engine,

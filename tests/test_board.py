@@ -137,3 +137,11 @@ def test_calls_take_turns_in_changing_order_and_the_warm_up_is_not_counted():
     assert len(order) == 2 * 8
     assert rounds == {("a", "b"), ("b", "a")}
     assert {len(values) for values in found.values()} == {3}
+
+
+def test_a_call_finds_in_the_caches_what_it_left_itself():
+    order, clock = [], []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    board.timed(calls, 1, lambda: clock.append(len(order)) or 0.0, warm=2)
+    assert {tuple(order[k : k + 3]) for k in range(0, len(order), 3)} == {("a",) * 3, ("b",) * 3}
+    assert all(end - start == 1 for start, end in zip(clock[::2], clock[1::2], strict=True))

@@ -317,6 +317,8 @@ def test_engines_give_the_networks_answers_on_drawn_clips(study, tmp_path):
         look = study["engine_for"](runtime, model, tmp_path / "student", clips[0], samples)
         found = np.concatenate([look(values) for values in samples])
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
+        lengths = np.linalg.norm(found[:, study["layout"]("multimodal", 5, 8)["embedding"]], axis=1)
+        np.testing.assert_allclose(lengths, 1, atol=1e-5)  # else its cosines are none
 
 
 # The page
