@@ -55,8 +55,11 @@ def onnxruntime(path: Path, threads: int) -> tuple[Callable, tuple]:
     return lambda values: session.run(None, {entry.name: values})[0], tuple(entry.shape)
 
 
-ENGINES = {"openvino": openvino, "onnxruntime": onnxruntime}  # by falling speed
+ENGINES = {"openvino": openvino, "onnxruntime": onnxruntime}  # in this order they are tried
 READS = {"openvino": (".onnx", ".xml"), "onnxruntime": (".onnx",)}  # the last is preferred
+
+
+WARM = 3  # calls before the one that is timed, as in the study
 
 
 def timed(
@@ -66,7 +69,7 @@ def timed(
 
     They take turns, in another order each time: what a call finds in the processor's caches is
     what the one before it left. With ``warm`` that is itself: it is called so many times before
-    the one that counts, as on a device that runs one network and nothing else.
+    the one that counts, which is the least that it takes.
     """
     taken, order = {name: [] for name in calls}, random.Random(0)
     for _ in range(5 + repeats):
@@ -132,7 +135,8 @@ def measured(board: str, folders: list[Path], engine: str, threads: int, repeats
     return {
         "board": board,
         "measured": time.strftime("%Y-%m-%d", time.gmtime()),
-        "milliseconds": timed(calls, repeats, warm=3),
+        "milliseconds": timed(calls, repeats, warm=WARM),
+        "warm": WARM,
         "repeats": repeats,
         "threads": threads,
         "engine": engine,
