@@ -218,9 +218,10 @@ def terms(one: dict, other: dict, steps: int, rounds: int) -> list[tuple[float, 
 
 
 def geometry(steps: int, rounds: int) -> list[tuple[float, float]]:
-    """Bare steps of study 5 (its paper's student, classes and batch), without and with its term.
+    """Bare steps with the classes and the batch of study 5's paper, without and with its term.
 
-    Both read what a teacher says of the batch.
+    Both read what a teacher says of the batch. ResNet-18 has its own stem, fitted: with the small
+    one its steps are longer, and the term's share smaller.
     """
     ready = list(batches(steps, size=64, classes=100)(1))
     networks = [models.Featured(build(classes=100)) for _ in range(2)]
