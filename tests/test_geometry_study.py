@@ -362,6 +362,23 @@ def test_the_second_teacher_is_worse_by_what_was_asked_where_one_is(procedure):
     assert procedure["length_of"](lengths, 0.2) == 3
 
 
+@pytest.mark.parametrize(
+    ("behind", "expected"),
+    [
+        ([-0.05, -0.04, -0.06], verdicts.REPLICATED),
+        ([-0.05, 0.04, -0.06], verdicts.INCONCLUSIVE),
+        ([0.05, 0.04, 0.06], verdicts.INCONCLUSIVE),
+        ([], verdicts.INCONCLUSIVE),
+    ],
+)
+def test_what_a_worse_teacher_gives_is_judged_only_if_it_is_worse(procedure, behind, expected):
+    gained = verdicts.verdict([0.01, 0.011, 0.012])
+    found = procedure["only_if_worse"](gained, verdicts.verdict(behind, "< 0"))
+    assert found.verdict == expected
+    assert found.estimate == gained.estimate
+    assert procedure["only_if_worse"](verdicts.NO_RECORD, gained) == verdicts.NO_RECORD
+
+
 WRONG = {
     "teacher_network": ("resnet9-8", "string should match pattern"),
     "student_network": ("vgg", "string should match pattern"),
