@@ -355,14 +355,37 @@ class Parts(NamedTuple):
     test: Batches
 
 
-def parts(name: str, *, validation: int, batch_size: int, seed: int, device="cpu") -> Parts:
-    """Training batches augmented by ``seed``, ``validation`` held-out images, and the test set."""
+# What an epoch does to a picture; see :class:`Batches`.
+AUGMENTATIONS = {
+    "crops and flips": {"pad": 4, "flip": True},
+    "flips": {"pad": 0, "flip": True},
+    "none": {"pad": 0, "flip": False},
+}
+
+
+def parts(
+    name: str,
+    *,
+    validation: int,
+    batch_size: int,
+    seed: int,
+    augmentation: str = "crops and flips",
+    device="cpu",
+) -> Parts:
+    """Training batches augmented by ``seed``, ``validation`` held-out images, and the test set.
+
+    Raises ValueError naming the allowed values when ``augmentation`` is not one of them.
+    """
+    if augmentation not in AUGMENTATIONS:
+        known = ", ".join(AUGMENTATIONS)
+        raise ValueError(f"unknown augmentation {augmentation!r}; augmentations: {known}")
     dataset = load(name)
     kept, held = dataset.split(validation)
     x, y = dataset.x_train, dataset.y_train
     common = {"statistics": dataset.statistics, "device": device}
+    options = AUGMENTATIONS[augmentation] | {"batch_size": batch_size, "seed": seed}
     return Parts(
-        Batches(x[kept], y[kept], batch_size=batch_size, seed=seed, **common),
+        Batches(x[kept], y[kept], **options, **common),
         whole(x[held], y[held], **common),
         whole(dataset.x_test, dataset.y_test, **common),
     )

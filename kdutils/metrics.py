@@ -32,6 +32,18 @@ def mean_entropy(logits, temperature: float = 1.0) -> float:
     return float(torch.distributions.Categorical(logits=logits / temperature).entropy().mean())
 
 
+def fidelity(student, teacher) -> dict[str, float]:
+    """How far a student (N, C) answers as its teacher (N, C) does, both logits.
+
+    ``agreement`` is the share of pictures on which both name the same class, ``kl`` the mean
+    KL(teacher ‖ student) in nats (Stanton et al. 2021, section 3).
+    """
+    log_student, log_teacher = (x.float().log_softmax(1) for x in (student, teacher))
+    kl = F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    same = student.argmax(1) == teacher.argmax(1)
+    return {"agreement": float(same.float().mean()), "kl": float(kl)}
+
+
 def binary(logits, labels) -> dict[str, float]:
     """Accuracy, cross-entropy (nats) and uncertainty of a network with one output.
 

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from kdutils import files
-from kdutils.data import Batch, Batches
+from kdutils import files, metrics
+from kdutils.data import Batch, Batches, Parts
 
 
 class Diverged(RuntimeError):
@@ -107,6 +107,33 @@ def fit(
                 save_weights(network, folder / f"e{epoch}.safetensors")
             _save_state(network, optimizer, schedule, history, folder)
     return history
+
+
+def fit_classifier(
+    network: nn.Module,
+    images: Parts,
+    loss: Callable[[nn.Module, Batch], torch.Tensor],
+    *,
+    also: Callable[[torch.Tensor], dict[str, float]] = lambda logits: {},
+    **rest,
+) -> list[dict]:
+    """:func:`fit` on ``images.train``, measured after every epoch on held-out and test pictures.
+
+    A row has ``validation_<name>`` and ``test_<name>`` for each measure of
+    :func:`metrics.classification`, and what ``also`` makes of the test logits (N, C). ``rest`` goes
+    to :func:`fit`.
+    """
+
+    def measure(model):
+        found = {}
+        for part in ("validation", "test"):
+            batches = getattr(images, part)
+            logits = predict(model, batches)
+            measured = metrics.classification(logits, batches.labels)
+            found |= {f"{part}_{name}": value for name, value in measured.items()}
+        return found | also(logits)
+
+    return fit(network, images.train, loss, measure=measure, **rest)
 
 
 def _save_state(network, optimizer, schedule, history, folder) -> None:
