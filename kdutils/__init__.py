@@ -8,8 +8,9 @@ import lazy_loader as lazy
 
 __version__ = "0.1.0"
 
-_ROOMS = ["concierge", "data", "figures", "files", "losses", "metrics", "models", "notebooks"]
-_ROOMS += ["parameters", "pictures", "recordings", "records", "runs", "scenes", "train", "verdicts"]
+_ROOMS = ["claims", "concierge", "data", "figures", "files", "losses", "metrics", "models"]
+_ROOMS += ["notebooks", "pages", "parameters", "pictures", "recordings", "records", "results"]
+_ROOMS += ["runs", "scenes", "train", "verdicts"]
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,
     submodules=_ROOMS,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from kdutils import claims as claims_room
 from kdutils import concierge, data, notebooks, parameters, pictures, records, runs
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app.add_typer(concierge.app, name="concierge", no_args_is_help=True)
 
 Study = Annotated[str, typer.Argument(help="A study's name, e.g. eskd.")]
 EXPECTED = (
+    claims_room.ClaimError,
     concierge.TotemError,
     data.DataError,
     notebooks.NotebookFailed,
@@ -174,15 +176,15 @@ def sync(
 def claims(
     as_json: Annotated[bool, typer.Option("--json", help="As a list of JSON objects.")] = False,
 ):
-    """Every claim of the papers with what the stored records say of it."""
-    found = notebooks.claims()
+    """Every registered claim with its verdict, from the notebooks' stored values."""
+    found = claims_room.of_notebooks()
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
     for row in found:
-        span = "" if row["low"] is None else f" [{row['low']:+.4f}, {row['high']:+.4f}]"
-        value = "" if row["estimate"] is None else f"{row['estimate']:+.4f}{span}"
-        print(f"{row['id']:12} {row['verdict'] or 'no record yet':15} {value}")
+        part = f", {row['part']}" if row["part"] else ""
+        word = row["verdict"] or "no verdict"
+        print(f"{row['id']:12} {word:19} {claims_room.said_with_interval(row)}{part}")
 
 
 def main():

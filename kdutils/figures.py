@@ -49,3 +49,76 @@ def label(ax: plt.Axes, x: str, y: str) -> None:
 def _span(values) -> tuple[float, float]:
     found = interval(values)
     return found.low, found.high
+
+
+SIGNS = {  # a verdict's colour and marker
+    "replicated": ("#0173b2", "o"),
+    "replicated, smaller": ("#56b4e9", "p"),
+    "no effect": ("#de8f05", "s"),
+    "reversed": ("#d55e00", "X"),
+    "inconclusive": ("#949494", "o"),
+    None: ("#cccccc", "."),
+}
+
+
+def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
+    """One line a judged claim (:func:`claims.judged`): ours with its interval, the paper's effect.
+
+    Every claim is drawn in its own margins, the smallest effect that would matter, counted from the
+    bound towards the claimed side: 0 is the bound, 1 the margin. What lies beyond ``reach`` is an
+    arrow at the edge.
+    """
+    from kdutils import claims
+
+    height = 0.62 * len(rows) + 0.8
+    ax = plt.subplots(figsize=(6.6, height))[1]
+    for y, row in enumerate(rows):
+        colour, marker = SIGNS[row["verdict"]]
+        word = row["verdict"] or "no verdict"
+        part = f" [{row['part']}]" if row["part"] else ""
+        ax.text(-reach, y - 0.36, f"{row['id']}  {row['statement']}", size=9.5, va="center")
+        ax.text(reach, y + 0.3, word, size=8.5, ha="right", va="center", color=colour)
+        said = claims.said_with_interval(row) + part
+        ax.text(-reach, y + 0.3, said, size=8.5, va="center", color="0.35")
+        if row["margins"] is None:
+            continue
+        mean, low, high = (_clipped(row["margins"][k], reach) for k in ("mean", "low", "high"))
+        ax.plot([low, high], [y, y], color=colour, linewidth=2.6, solid_capstyle="butt")
+        edge = {-reach: "<", reach: ">"}.get(mean, marker)
+        hollow = {"markerfacecolor": "white"} if row["verdict"] == "inconclusive" else {}
+        ax.plot(mean, y, edge, color=colour, markersize=8, **hollow)
+        if row["margins"]["effect"] is not None:
+            effect = _clipped(row["margins"]["effect"], reach)
+            ax.plot(effect, y, "D", markerfacecolor="none", color="black", markersize=7)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.axvline(1, color="grey", linewidth=0.8, linestyle="--")
+    ax.set(ylim=(len(rows) - 0.35, -0.7), xlim=(-reach - 0.1, reach + 0.1), yticks=[])
+    ax.set_xlabel("beyond the bound, in margins   (◇ the paper's effect)")
+    ax.grid(False)
+    sns.despine(ax=ax, left=True)
+    return ax
+
+
+def _clipped(value: float, reach: float) -> float:
+    return max(-reach, min(reach, value))
+
+
+def paired(found: dict, ax: plt.Axes | None = None, unit: str = "points") -> plt.Axes:
+    """Differences by name (:class:`results.Found`): a dot a seed, the mean with its interval.
+
+    A paired comparison drawn in place of a table; the line at 0 is "no difference".
+    """
+    from kdutils.claims import UNITS
+
+    factor, _, behind = UNITS[unit]
+    ax = ax or plt.subplots(figsize=(6.4, 0.45 * len(found) + 0.9))[1]
+    for y, one in enumerate(found.values()):
+        values = factor * one.values.to_numpy(float)
+        ax.plot(values, [y + 0.16] * len(values), "o", color="0.6", markersize=4)
+        span = interval(values)
+        ax.plot([span.low, span.high], [y - 0.08] * 2, color="#0173b2", linewidth=2.4)
+        ax.plot(span.mean, y - 0.08, "o", color="#0173b2", markersize=7)
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    ax.set_xlabel(f"difference{f' ({behind.strip()})' if behind else ''}")
+    return ax

@@ -1,18 +1,15 @@
-"""Studies as notebooks: where they are, running one, its procedure alone, its claims."""
+"""Studies as notebooks: where they are, running one, its procedure alone."""
 
 import linecache
 import os
 import tempfile
-from html import escape
 from pathlib import Path
 
 from kdutils import files, parameters
 from kdutils.records import PROJECT
 from kdutils.runs import SCALES, Study
-from kdutils.verdicts import Verdict
 
 FOLDER = PROJECT / "notebooks"
-CLAIMS = "application/vnd.kdutils.claims+json"  # MIME type of the verdicts in a notebook's output
 
 
 class UnknownStudy(ValueError):
@@ -149,78 +146,3 @@ def notice(study: Study) -> None:
     if study.published and not any(study.published.glob("*.json")):
         text = "No run has been published yet, so tables and figures below are empty."
         display(Markdown(f"**{text}** The text and the code are complete and can be rerun."))
-
-
-def judged(study: str, scale: str, found: dict[str, Verdict]) -> None:
-    """Show a study's claims in a table: the paper's value, ours with its interval, the verdict.
-
-    ``found`` holds a verdict for every claim id of the study. The stored output carries the
-    numbers as data too, for :func:`claims`.
-    """
-    from IPython.display import display
-
-    table = _claims_table().query("study == @study")
-    if set(found) != set(table.id):
-        odd = ", ".join(sorted(set(found) ^ set(table.id)))
-        raise ValueError(f"the claims of {study} and the verdicts given differ in {odd}")
-    claims = table.to_dict("records")
-    rows = [
-        {"id": name, "scale": scale if found[name].verdict else None, **found[name].as_dict()}
-        for name in table.id
-    ]
-    shown = [row | claim for row, claim in zip(rows, claims, strict=True)]
-    text = "\n".join(f"{name} {v.verdict or 'no record yet'} {v}" for name, v in found.items())
-    display({"text/html": claims_html(shown), "text/plain": text, CLAIMS: rows}, raw=True)
-
-
-def claims_html(rows: list[dict]) -> str:
-    """Claims as an HTML table that scrolls in a box of its own where the screen is narrow.
-
-    A row has the keys of :func:`claims` and ``statement``.
-    """
-    import pandas as pd
-
-    def line(row):
-        word = row["verdict"] or "no record yet"
-        sign = f'<span class="verdict {word.replace(" ", "-")}">{word}</span>'
-        keys = ("estimate", "low", "high", "seeds", "verdict")
-        ours = str(Verdict(*(row[key] for key in keys))).replace(" [", "<br>[")
-        return {
-            "claim": f"{row['id']}<br>{sign}",
-            "the paper says": escape(row["statement"]),
-            "paper": escape(row["paper_value"] or "–"),
-            "ours<br>[95 % interval;<br>every seed: range]": ours.replace(" ", "&nbsp;"),
-            "runs": f"{row['seeds']}&nbsp;seeds, {row['scale']}" if row["seeds"] else "–",
-        }
-
-    table = pd.DataFrame(map(line, rows)).set_index("claim").rename_axis(None)
-    html = table.to_html(border=0, classes="claims", justify="left", escape=False)
-    return f'<div class="claims">{html}</div>'
-
-
-def _claims_table():
-    import pandas as pd
-
-    table = pd.read_csv(PROJECT / "data" / "claims.csv", dtype=str).astype(object)
-    return table.where(table.notna(), None)
-
-
-def claims() -> list[dict]:
-    """Every claim of ``data/claims.csv`` with what the stored notebooks found of it.
-
-    Keys: id, study, paper_value, estimate, low, high, seeds, scale, verdict; None where there is
-    no record yet.
-    """
-    import nbformat
-
-    found = {}
-    for path in studies().values():
-        for cell in nbformat.read(path, as_version=4).cells:
-            for output in cell.get("outputs", []):
-                found |= {row["id"]: row for row in output.get("data", {}).get(CLAIMS, [])}
-    empty = dict.fromkeys(("estimate", "low", "high", "seeds", "scale", "verdict"))
-    return [
-        {"id": row.id, "study": row.study, "paper_value": row.paper_value, **empty}
-        | found.get(row.id, {})
-        for row in _claims_table().itertuples()
-    ]

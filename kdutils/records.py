@@ -138,6 +138,13 @@ def peak_memory_mb() -> int:
     return peak // (1024**2 if sys.platform == "darwin" else 1024)
 
 
+def register(study: str) -> str:
+    """SHA-256 of a study's rows of ``data/claims.csv``: what was registered when a run began."""
+    lines = (PROJECT / "data" / "claims.csv").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith(f"{study}-")]
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()
+
+
 def data_named_in(arguments: dict) -> dict:
     """Fingerprints of the datasets that arguments name; ``data.load`` let no others pass."""
     known = data.sources()

@@ -57,7 +57,7 @@ class Study:
         self.name, self.scale, self.engine = name, scale, engine
         self.threads, self.train = threads, train or scale == "smoke"
         self.records: list[Record] = []
-        self.commit = records.commit()
+        self.commit, self.register = records.commit(), records.register(name)
         self._scratch = tempfile.TemporaryDirectory() if scale == "smoke" else None
         self.folder = Path(self._scratch.name) if self._scratch else self._own_folder()
         self.published = None if self._scratch else records.published_folder() / name
@@ -97,7 +97,9 @@ class Study:
             raise RunFailed("; ".join(_failure(r) for r in failed))
         known = {r.content["key"] for r in self.records}
         self.records += [r for r in done if r.content["key"] not in known]
-        return pd.DataFrame([row for record in done for row in record.rows()])
+        frame = pd.DataFrame([row for record in done for row in record.rows()])
+        frame.attrs["history"] = sorted({k for r in done for k in r.history_names()})
+        return frame
 
     def costs(self) -> pd.DataFrame:
         """What the records used so far cost and where they were made, one row a kind of run."""
@@ -159,6 +161,11 @@ class Record:
         rest = {k: v for k, v in self.results.items() if k != "history"}
         common = {**self.arguments, **rest, "key": self.content["key"]}
         return [{**row, **common} for row in self.results.get("history", [{}])]
+
+    def history_names(self) -> set[str]:
+        """Which of the columns of :meth:`rows` are of the history."""
+        names = {k for row in self.results.get("history", []) for k in row}
+        return names - self.arguments.keys() - self.results.keys()
 
     def summary(self) -> dict:
         made = self.content["made"]
@@ -305,6 +312,7 @@ class RunFunction:
             "peak_memory_mb": records.peak_memory_mb(),
             **made_with,
             "commit": self.study.commit,
+            "register": self.study.register,
             "data": records.data_named_in(bound),
         }
         files.write(folder / "record.json", json.dumps(content, indent=1, allow_nan=False))

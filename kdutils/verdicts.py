@@ -1,11 +1,20 @@
-"""From numbers, one a seed, to what they say: intervals, paired comparisons, verdicts."""
+"""From numbers, one a seed, to what they say: intervals, words, Holm's correction.
+
+Knows numbers alone: no claims' texts, records or tensors.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+
+REPLICATED, SMALLER = "replicated", "replicated, smaller"
+NO_EFFECT, REVERSED, INCONCLUSIVE = "no effect", "reversed", "inconclusive"
+WORDS = (REVERSED, NO_EFFECT, INCONCLUSIVE, SMALLER, REPLICATED)  # the weakest first
+KINDS = ("above", "below", "at most", "at least", "within", "every above", "every below")
 
 
 @dataclass(frozen=True)
@@ -46,94 +55,160 @@ def of_all(values: pd.Series, seeds: Sequence[int]) -> pd.Series:
     return values if set(values.index) == set(seeds) else values[:0]
 
 
-REPLICATED, NOT_REPLICATED, INCONCLUSIVE = "replicated", "not replicated", "inconclusive"
-ORDER = [None, NOT_REPLICATED, INCONCLUSIVE, REPLICATED]  # the weakest first
+@dataclass(frozen=True)
+class Rule:
+    """What has to hold of a quantity's values, fixed before they are known.
+
+    ``kind`` is one of :data:`KINDS`. ``margin`` is the smallest effect that would matter and
+    ``effect`` the paper's, both counted from ``bound`` towards the claimed side in the quantity's
+    unit. ``within`` lies between ``bound`` and ``upper``. A ``ratio`` is judged on its logarithm.
+    """
+
+    kind: str
+    bound: float
+    margin: float | None = None
+    effect: float | None = None
+    upper: float | None = None
+    ratio: bool = False
+
+    @property
+    def side(self) -> int:
+        """1 where greater values support the claim, −1 where smaller ones do."""
+        return -1 if self.kind in ("below", "at most", "every below") else 1
+
+    def scaled(self, value: float) -> float:
+        """A value of the quantity on the scale on which it is judged."""
+        return math.log(value) if self.ratio else float(value)
+
+    def beyond(self, value: float) -> float:
+        """How far a value lies beyond the bound, towards the claimed side, as it is judged."""
+        return self.side * (self.scaled(value) - self.scaled(self.bound))
+
+    def reach(self, distance: float) -> float:
+        """The value that lies ``distance`` (of the quantity's unit) beyond the bound."""
+        return self.bound + self.side * distance
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim's estimate with its 95 % interval over seeds, and what follows from it."""
+    """A word, the mean with its 95 % interval over ``n`` seeds, and p against the bound.
 
-    estimate: float | None
-    low: float | None
-    high: float | None
-    seeds: int
-    verdict: str | None
-
-    def as_dict(self) -> dict:
-        """Plain numbers, rounded where their digits stop meaning anything, None for no record."""
-        rounded = {
-            k: v if v is None else round(float(v), 6)
-            for k, v in asdict(self).items()
-            if k in ("estimate", "low", "high")
-        }
-        return asdict(self) | rounded | {"seeds": self.seeds or None}
-
-    def __str__(self) -> str:
-        if self.estimate is None:
-            return "–"
-        return f"{self.estimate:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
-
-
-NO_RECORD = Verdict(None, None, None, 0, None)
-
-
-def verdict(values: Sequence[float], test: str = "> 0") -> Verdict:
-    """Judge the claim that the mean of ``values`` (one a seed) is on one side of a bound.
-
-    ``test`` is ``"> bound"`` or ``"< bound"``. Replicated: the whole interval is on the claimed
-    side. Not replicated: the whole interval is on the other side. Otherwise inconclusive. Fewer
-    than two seeds give no verdict.
+    For ``every`` the interval is the range of the seeds. ``lead`` is the mean's distance beyond the
+    bound as it is judged; ``effect_excluded`` says whether the interval leaves out the paper's
+    effect. What was not given, or cannot be had, is None.
     """
-    side, bound = _parse(test)
-    found = interval(values)
-    if found.n < 2:
-        return NO_RECORD
-    low, high = sorted((side * (found.low - bound), side * (found.high - bound)))
-    word = REPLICATED if low > 0 else NOT_REPLICATED if high < 0 else INCONCLUSIVE
-    return Verdict(found.mean, found.low, found.high, found.n, word)
+
+    word: str | None
+    mean: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    p: float | None = None
+    lead: float = 0.0
+    effect_excluded: bool | None = None
+    part: str = ""
 
 
-def verdict_every_seed(values: Sequence[float], test: str = "< 0") -> Verdict:
-    """Judge the claim that every seed's value passes ``test``: replicated if all do, else not.
+def judge(rule: Rule, values: Sequence[float]) -> Verdict:
+    """The word for ``values``, one a seed, by ``rule``; None for fewer than two seeds.
 
-    Its ``low`` and ``high`` are the smallest and the largest value, since a claim about every seed
-    is not one about their mean.
+    ``above``, ``below``: *replicated* where the whole interval is beyond the bound (*smaller* where
+    it ends short of the paper's effect), *reversed* where all of it is on the other side, *no
+    effect* where it ends short of the margin. ``at most``, ``at least``, ``within``: *replicated*
+    where the whole interval is inside, *reversed* where it is outside. ``every``: by the seeds
+    themselves. Otherwise *inconclusive*.
     """
-    side, bound = _parse(test)
-    found = interval(values)
-    if found.n < 2:
-        return NO_RECORD
-    passed = all(side * (value - bound) > 0 for value in values)
-    word = REPLICATED if passed else NOT_REPLICATED
-    return Verdict(found.mean, min(values), max(values), found.n, word)
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return Verdict(None, n=len(values))
+    found = interval([rule.scaled(v) for v in values])
+    low, high = found.low, found.high
+    if rule.kind.startswith("every"):
+        low, high = rule.scaled(values.min()), rule.scaled(values.max())
+    start = rule.scaled(rule.bound)
+    near, far = sorted((rule.side * (low - start), rule.side * (high - start)))
+    effect = None if rule.effect is None else rule.beyond(rule.reach(rule.effect))
+    p = None
+    if rule.kind in ("above", "below"):
+        word, p = _one_sided(rule, near, far, effect), _p(found, start)
+    elif rule.kind == "within":
+        end = rule.scaled(rule.upper)
+        inside, outside = start <= low and high <= end, high < start or low > end
+        word = REPLICATED if inside else REVERSED if outside else INCONCLUSIVE
+    elif rule.kind.startswith("every"):
+        word = REPLICATED if near > 0 else REVERSED if far <= 0 else INCONCLUSIVE
+    else:
+        word = REPLICATED if near >= 0 else REVERSED if far < 0 else INCONCLUSIVE
+    back = math.exp if rule.ratio else float
+    return Verdict(
+        word,
+        *map(back, (found.mean, low, high)),
+        n=len(values),
+        p=p,
+        lead=rule.side * (found.mean - start),
+        effect_excluded=None if effect is None else not near <= effect <= far,
+    )
 
 
-def verdict_not_worse(values: Sequence[float], bound: float) -> Verdict:
-    """Judge the claim that the mean is not above ``bound``: refuted only if the interval is."""
-    found = interval(values)
-    if found.n < 2:
-        return NO_RECORD
-    word = REPLICATED if found.low <= bound else NOT_REPLICATED
-    return Verdict(found.mean, found.low, found.high, found.n, word)
+def _one_sided(rule: Rule, near: float, far: float, effect: float | None) -> str:
+    if near > 0:
+        return SMALLER if effect is not None and far < effect else REPLICATED
+    if far < 0:
+        return REVERSED
+    return NO_EFFECT if rule.margin and far < rule.beyond(rule.reach(rule.margin)) else INCONCLUSIVE
 
 
-def verdict_all(verdicts: Sequence[Verdict], side: str = ">") -> Verdict:
-    """Judge a claim that needs several others: as its weakest, whose numbers it shows.
+def _p(found: Interval, bound: float) -> float:
+    """Two-sided p of Student's t for the mean being the bound."""
+    from scipy import stats
 
-    Not replicated if any is not, replicated if all are, otherwise inconclusive; no verdict while
-    any has no record. Of equally weak ones it shows the smallest estimate, or the largest where the
-    claims are on ``side`` ``"<"`` of a bound.
+    half = found.high - found.mean
+    if half == 0:
+        return 1.0 if found.mean == bound else 0.0
+    error = half / stats.t.ppf(0.975, found.n - 1)
+    return float(2 * stats.t.sf(abs(found.mean - bound) / error, found.n - 1))
+
+
+def weakest(parts: Mapping[str, Verdict], need: int | None = None) -> Verdict:
+    """A claim of several parts: as its weakest part, or as the ``need``-th strongest of them.
+
+    It keeps that part's numbers and its name; p is the largest, or the ``need``-th smallest times
+    the number of parts. No word while a part has none.
     """
-    sign = 1 if side == ">" else -1
-    return min(verdicts, key=lambda v: (ORDER.index(v.verdict), sign * (v.estimate or 0)))
+    named = [replace(verdict, part=name) for name, verdict in parts.items()]
+    if any(verdict.word is None for verdict in named):
+        return min(named, key=lambda v: v.n if v.word is None else math.inf)
+    ordered = sorted(named, key=lambda v: (-WORDS.index(v.word), -v.lead))
+    chosen = ordered[(need or len(named)) - 1]
+    ps = sorted(v.p for v in named if v.p is not None)
+    if len(ps) < len(named):
+        return chosen
+    return replace(chosen, p=ps[-1] if need is None else min(1.0, ps[need - 1] * len(ps)))
 
 
-def _parse(test: str) -> tuple[int, float]:
-    side, _, bound = test.partition(" ")
-    try:
-        if side in ("<", ">") and math.isfinite(float(bound)):
-            return (1 if side == ">" else -1), float(bound)
-    except ValueError:
-        pass
-    raise ValueError(f"test is {test!r}; it must read like '> 0' or '< 0.01'")
+def holm(ps: Mapping[str, float], level: float = 0.05) -> dict[str, bool]:
+    """Which of these p survive Holm's correction (Holm 1979): by name, in the order given."""
+    passed, left = {}, len(ps)
+    for name in sorted(ps, key=ps.get):
+        passed[name] = all(passed.values()) and ps[name] <= level / left
+        left -= 1
+    return {name: passed[name] for name in ps}
+
+
+def seeds_needed(rule: Rule, values: Sequence[float]) -> int | None:
+    """How many seeds of this spread make the interval narrower than the margin.
+
+    Then it cannot hold both the bound and the margin, so that the answer cannot be inconclusive.
+    None where there is no margin or no spread to go by.
+    """
+    from scipy import stats
+
+    scaled = [rule.scaled(v) for v in values]
+    if len(scaled) < 2 or not rule.margin:
+        return None
+    width = abs(rule.beyond(rule.reach(rule.margin)))
+    spread = float(np.std(scaled, ddof=1))
+    n = max(2, int((2 * NormalDist().inv_cdf(0.975) * spread / width) ** 2))
+    while 2 * stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) > width:
+        n += 1
+    return n

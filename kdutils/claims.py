@@ -1,0 +1,281 @@
+"""Claims: what a paper says, registered before the runs, and what the runs say of it.
+
+``data/claims.csv`` registers, a study's stored output carries each seed's values and where they
+came from, and everything else (mean, interval, word) is computed from these two.
+"""
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from kdutils import verdicts
+from kdutils.records import PROJECT
+from kdutils.results import Found
+from kdutils.verdicts import Rule
+
+REGISTER = PROJECT / "data" / "claims.csv"
+MIME = "application/vnd.kdutils.claims+json"  # of the values in a notebook's output
+UNITS = {  # how a value is said: factor, digits, what stands behind it
+    "points": (100, 1, " points"),
+    "share": (100, 1, " %"),
+    "ratio": (1, 2, " times"),
+    "correlation": (1, 3, ""),
+    "nats": (1, 3, " nats"),
+    "epochs": (1, 1, " epochs"),
+    "doublings": (1, 2, " doublings"),
+    "number": (1, 4, ""),
+}
+
+
+class ClaimError(ValueError):
+    """The register, or what was found, is not as it must be; one sentence naming the claim."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of the register. ``rules`` has one rule a part; ``need`` of them have to hold.
+
+    ``need`` is None where all have to. A claim without parts has one, named "".
+    """
+
+    id: str
+    study: str
+    source: str
+    statement: str
+    quantity: str
+    paper_value: str
+    kind: str
+    unit: str
+    seeds: int
+    rules: dict[str, Rule]
+    need: int | None
+
+
+def registered(path: Path = REGISTER) -> dict[str, Claim]:
+    """The claims by id. Raises :class:`ClaimError` for a row that no verdict could follow from."""
+    found: dict[str, Claim] = {}
+    with open(path, encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            claim = _claim(row)
+            if claim.id in found:
+                raise ClaimError(f"claim {claim.id} is registered twice.")
+            found[claim.id] = claim
+    return found
+
+
+def _claim(row: dict) -> Claim:
+    def number(name, text):
+        try:
+            return float(text)
+        except ValueError:
+            raise ClaimError(
+                f"claim {row['id']}: {name} is {text!r}, which is no number."
+            ) from None
+
+    def optional(name, text):
+        return number(name, text) if text else None
+
+    first, _, rest = row["kind"].partition(" ")
+    need, kind = None, row["kind"]
+    if first == "all":
+        kind = rest
+    elif first == "any":
+        count, _, kind = rest.partition(" of ")
+        need = int(number("kind", count))
+    if kind not in verdicts.KINDS:
+        known = ", ".join(verdicts.KINDS)
+        raise ClaimError(
+            f"claim {row['id']}: unknown kind {row['kind']!r}; kinds: {known}, "
+            "and 'all …' or 'any 2 of …' before one of them."
+        )
+    if row["unit"] not in UNITS:
+        known = ", ".join(UNITS)
+        raise ClaimError(f"claim {row['id']}: unknown unit {row['unit']!r}; units: {known}.")
+    parts = row["parts"].split(";") if row["parts"] else [""]
+    effects = row["effect"].split(";")
+    effects = effects if len(effects) == len(parts) else effects * len(parts)
+    low, *up = row["bound"].split() if kind == "within" else [row["bound"]]
+    rules = {
+        part: Rule(
+            kind,
+            number("bound", low),
+            margin=number("margin", row["margin"]),
+            effect=optional("effect", effect),
+            upper=number("bound", up[0]) if up else None,
+            ratio=row["unit"] == "ratio",
+        )
+        for part, effect in zip(parts, effects, strict=True)
+    }
+    text = ("id", "study", "source", "statement", "quantity", "paper_value", "kind", "unit")
+    seeds = int(number("seeds", row["seeds"]))
+    return Claim(*(row[name] for name in text), seeds=seeds, rules=rules, need=need)
+
+
+def judge(study: str, scale: str, found: Mapping) -> tuple[list[dict], list[dict]]:
+    """A study's judged rows (:func:`judged`) and what its notebook keeps (:func:`stored`)."""
+    keep = stored(study, scale, found)
+    return judged(keep, [study]), keep
+
+
+def stored(study: str, scale: str, found: Mapping[str, Found | Mapping[str, Found]]) -> list[dict]:
+    """What a notebook keeps of a study's claims: each part's values by seed, and their sources.
+
+    ``found`` has a :class:`results.Found` for every registered claim of the study, or one for each
+    of its parts, by name. Raises :class:`ClaimError` where the two do not fit.
+    """
+    known = {name: claim for name, claim in registered().items() if claim.study == study}
+    if missing := sorted(known.keys() - found.keys()):
+        raise ClaimError(f"claim {missing[0]} is registered, but no runs are given for it.")
+    if odd := sorted(found.keys() - known.keys()):
+        raise ClaimError(f"runs are given for {odd[0]}, which is no registered claim of {study}.")
+    rows = []
+    for name, claim in known.items():
+        parts = found[name] if isinstance(found[name], Mapping) else {"": found[name]}
+        if set(parts) != set(claim.rules):
+            given, wanted = (", ".join(map(repr, sorted(x))) for x in (parts, claim.rules))
+            raise ClaimError(
+                f"claim {name}: its parts are {wanted}, but runs are given for {given}."
+            )
+        for part in parts.values():
+            if len(part.values) > claim.seeds:
+                raise ClaimError(
+                    f"claim {name}: {claim.seeds} seeds are registered, but there are "
+                    f"{len(part.values)}; none may be added after a look."
+                )
+        kept = {part: parts[part].as_dict() for part in claim.rules}
+        rows.append({"id": name, "scale": scale, "parts": kept})
+    return rows
+
+
+def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
+    """Every registered claim (of ``studies``) with what the stored rows say of it.
+
+    Keys: those of the register; ``values`` (by seed, of the part that decides), ``parts``,
+    ``runs``, ``scale``, ``found`` (seeds), ``verdict`` (one of five words, or None), ``part``,
+    ``mean``, ``low``, ``high``, ``effect_excluded``, ``holm`` (None where it does not apply),
+    ``needed`` (seeds, where it is inconclusive), ``margins`` (what :func:`figures.forest` draws).
+    """
+    by_id, result, ps = {row["id"]: row for row in rows}, [], {}
+    for claim in registered().values():
+        if studies is not None and claim.study not in studies:
+            continue
+        row = by_id.get(claim.id, {"scale": None, "parts": {}})
+        found = _verdict(claim, row.get("parts", {}))
+        if found["p"] is not None:
+            ps.setdefault(claim.study, {})[claim.id] = found["p"]
+        result.append(found | {"scale": row["scale"] if found["found"] else None})
+    survived = {k: kept for of_study in ps.values() for k, kept in verdicts.holm(of_study).items()}
+    return [row | {"holm": survived.get(row["id"])} for row in result]
+
+
+def _verdict(claim: Claim, parts: dict) -> dict:
+    values = {part: list(parts.get(part, {}).get("values", {}).values()) for part in claim.rules}
+    each = {
+        part: verdicts.judge(rule, values[part])
+        if len(values[part]) == claim.seeds
+        else verdicts.Verdict(None, n=len(values[part]))
+        for part, rule in claim.rules.items()
+    }
+    whole = verdicts.weakest(each, claim.need)
+    rule = claim.rules[whole.part]
+    sources = [s for part in parts.values() for of_seed in part["from"].values() for s in of_seed]
+    needed = None
+    if whole.word == verdicts.INCONCLUSIVE:
+        needed = verdicts.seeds_needed(rule, values[whole.part])
+    return {
+        **{k: getattr(claim, k) for k in ("id", "study", "source", "statement", "quantity")},
+        **{k: getattr(claim, k) for k in ("paper_value", "kind", "unit", "seeds")},
+        **{k: getattr(rule, k) for k in ("bound", "upper", "margin", "effect")},
+        "side": rule.side,
+        "values": parts.get(whole.part, {}).get("values", {}),
+        "parts": {
+            part: {"verdict": v.word, "mean": v.mean, "low": v.low, "high": v.high, "found": v.n}
+            | {"effect": claim.rules[part].effect}
+            for part, v in each.items()
+        },
+        "runs": sorted({key for key, *_ in sources}),
+        "verdict": whole.word,
+        "part": whole.part,
+        "found": whole.n,
+        **{k: getattr(whole, k) for k in ("mean", "low", "high", "p", "effect_excluded")},
+        "margins": _margins(rule, whole),
+        "needed": needed,
+    }
+
+
+def _margins(rule: Rule, found: verdicts.Verdict) -> dict | None:
+    """Mean, interval and the paper's effect beyond the bound, in margins, to be drawn."""
+    if found.mean is None:
+        return None
+    unit = abs(rule.beyond(rule.reach(rule.margin)))
+    drawn = {k: rule.beyond(getattr(found, k)) / unit for k in ("mean", "low", "high")}
+    effect = None if rule.effect is None else rule.beyond(rule.reach(rule.effect)) / unit
+    return drawn | {"effect": effect}
+
+
+def said(value: float, unit: str, sign: bool = True) -> str:
+    """A value as a reader has it: ``+1.1 points``."""
+    factor, digits, behind = UNITS[unit]
+    shown = f"{value * factor:{'+' if sign and unit != 'ratio' else ''}.{digits}f}"
+    return f"{shown.replace('-', '−')}{behind}"
+
+
+def said_with_interval(row: dict) -> str:
+    """A judged row's estimate with its interval: ``+1.1 points (0.1 to 2.1)``."""
+    if row["mean"] is None:
+        return f"{row['found']} of {row['seeds']} seeds"
+    factor, digits, _ = UNITS[row["unit"]]
+    low, high = (f"{row[k] * factor:.{digits}f}".replace("-", "−") for k in ("low", "high"))
+    return f"{said(row['mean'], row['unit'])} ({low} to {high})"
+
+
+def show(rows: list[dict], keep: list[dict]) -> None:
+    """Show judged rows as a table whose output carries ``keep``, the stored rows, as data."""
+    from IPython.display import display
+
+    lines = [f"{r['id']}: {r['verdict'] or 'no verdict'}, {said_with_interval(r)}" for r in rows]
+    display({"text/html": table(rows), "text/plain": "\n".join(lines), MIME: keep}, raw=True)
+
+
+def table(rows: list[dict]) -> str:
+    """Judged rows as an HTML table that scrolls in a box of its own where the screen is narrow."""
+    import pandas as pd
+
+    def line(row):
+        word = row["verdict"] or "no verdict"
+        badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
+        part = f"<br>({escape(row['part'])})" if row["part"] else ""
+        effect = "" if row["effect"] is None else said(row["side"] * row["effect"], row["unit"])
+        if row["effect_excluded"]:
+            effect += "<br>(excluded)"
+        seeds = f"{row['found']} of {row['seeds']}"
+        if row["needed"]:
+            seeds += f"<br>({row['needed']:,} would decide)"
+        return {
+            "claim": f"{row['id']}<br>{badge}",
+            "the paper says": escape(row["statement"]),
+            "its effect": effect or "–",
+            "ours (95 %)": (said_with_interval(row) if row["mean"] is not None else "–") + part,
+            "seeds": seeds,
+            "Holm": {True: "yes", False: "no", None: "–"}[row["holm"]],
+        }
+
+    frame = pd.DataFrame(map(line, rows)).set_index("claim").rename_axis(None)
+    html = frame.to_html(border=0, classes="claims", justify="left", escape=False)
+    return f'<div class="claims">{html}</div>'
+
+
+def of_notebooks() -> list[dict]:
+    """Every registered claim with what the stored notebooks found of it; see :func:`judged`."""
+    import nbformat
+
+    from kdutils import notebooks
+
+    rows = []
+    for path in notebooks.studies().values():
+        for cell in nbformat.read(path, as_version=4).cells:
+            for output in cell.get("outputs", []):
+                rows += output.get("data", {}).get(MIME, [])
+    return judged(rows)

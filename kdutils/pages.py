@@ -1,0 +1,96 @@
+"""What the pages of studies share: the answer, the setting, code shown, provenance and cost."""
+
+from collections import Counter
+from html import escape
+
+from kdutils import claims, records, verdicts
+from kdutils.runs import Study
+
+MOST_SENTENCES = 8
+
+
+def answer(*sentences: str) -> None:
+    """Show the page's answer, at most eight sentences; empty ones are left out.
+
+    Raises ValueError where there are more: a reader has a minute.
+    """
+    from IPython.display import Markdown, display
+
+    said = [sentence for sentence in sentences if sentence]
+    if len(said) > MOST_SENTENCES:
+        raise ValueError(f"the answer has {len(said)} sentences; it may have {MOST_SENTENCES}")
+    display(Markdown(" ".join(said)))
+
+
+def tally(rows: list[dict]) -> str:
+    """How many judged claims have which word: ``Of 8 claims: 3 replicated and 5 inconclusive.``"""
+    counts = Counter(row["verdict"] or "not judged yet" for row in rows)
+    order = [*reversed(verdicts.WORDS), "not judged yet"]
+    said = [
+        f"{counts[word]} {'show ' if word == verdicts.NO_EFFECT else ''}{word}"
+        for word in order
+        if counts[word]
+    ]
+    listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
+    return f"Of {len(rows)} claims: {listed}."
+
+
+def holds(row: dict) -> str:
+    """A judged claim as a sentence needs it: ``*replicated*, +1.1 points (0.1 to 2.1)``."""
+    return f"*{row['verdict'] or 'no verdict'}*, {claims.said_with_interval(row)}"
+
+
+def settings(rows: dict[str, tuple]) -> None:
+    """Show the setting as a table: for each choice the paper's, ours, and why."""
+    import pandas as pd
+    from IPython.display import HTML, display
+
+    frame = pd.DataFrame.from_dict(rows, orient="index", columns=["paper", "ours", "why"])
+    frame = frame.map(lambda value: escape(str(value)))
+    html = frame.to_html(border=0, classes="settings", justify="left", escape=False)
+    display(HTML(f'<div class="settings">{html}</div>'))
+
+
+def source(*functions) -> None:
+    """Show the code of functions that were defined further up, as the method has it."""
+    import inspect
+
+    from IPython.display import Markdown, display
+
+    texts = [inspect.getsource(getattr(f, "function", f)).rstrip() for f in functions]
+    display(Markdown("```python\n" + "\n\n\n".join(texts) + "\n```"))
+
+
+def provenance(study: Study) -> None:
+    """Show what the records used say: what they cost, where, by which code and register."""
+    from IPython.display import Markdown, display
+
+    costs = study.costs()
+    if not len(costs):
+        display(Markdown("No run has been published yet."))
+        return
+    made = [record.content["made"] for record in study.records]
+    kinds = costs.groupby("run").agg({"runs": "sum", "minutes": "sum", "source": list})
+    listed = "; ".join(
+        f"{name} {row.runs} ({row.minutes / row.runs:.1f} minutes each, source "
+        f"{', '.join(sorted(set(row.source)))})"
+        for name, row in kinds.iterrows()
+    )
+    register = records.register(study.name)
+    before = sum(one.get("register") == register for one in made)
+    where = Counter(
+        f"{one['processor'] if one['device'] == 'cpu' else one['device']}, "
+        f"torch {one['versions']['torch']}, {one['precision']}, threads {one['threads']}"
+        for one in made
+    )
+    commits = Counter(one["commit"][:12] for one in made)
+    lines = [
+        f"**Runs** {costs.runs.sum()}, {costs.minutes.sum() / 60:.1f} hours: {listed}.",
+        f"**Made on** {'; '.join(f'{name} ({count})' for name, count in where.items())}.",
+        f"**Commits** {', '.join(f'{name} ({count})' for name, count in commits.items())}.",
+        f"**Claims** {before} of {len(made)} runs began when this study's rows of "
+        f"`data/claims.csv` were those of today (`{register[:12]}`).",
+        f"**Again** `python -m kdutils train {study.name} --scale {study.scale}`, then "
+        f"`python -m kdutils sync {study.name}`.",
+    ]
+    display(Markdown("\n".join(f"- {line}" for line in lines)))

@@ -1,0 +1,142 @@
+"""From runs' rows to values by seed that know where they came from.
+
+A frame is what :meth:`runs.Study.map` returns: one row a run and epoch, with the run's ``key``.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class Found:
+    """A value a seed, and the numbers in records that it was made of.
+
+    ``values`` is indexed by seed. ``sources`` holds, for each seed, triples of a run's key, a
+    field of its results (a path such as ``history/9/test_accuracy``; ``*`` stands for all) and the
+    number found there. ``how`` is ``value``, ``difference``, ``ratio`` or a function's name.
+    """
+
+    values: pd.Series
+    sources: dict[int, list[tuple]]
+    how: str = "value"
+
+    def __sub__(self, other: "Found") -> "Found":
+        return self._with(other, self.values - other.values, "difference")
+
+    def __truediv__(self, other: "Found") -> "Found":
+        return self._with(other, self.values / other.values, "ratio")
+
+    def _with(self, other, values, how):
+        plain = self.how == other.how == "value"
+        name = how if plain else f"{how} of {self.how if self.how != 'value' else other.how}"
+        values = values.dropna()
+        return Found(values, {s: self.sources[s] + other.sources[s] for s in values.index}, name)
+
+    def as_dict(self) -> dict:
+        """Plain numbers, seeds as text, as they are stored in a notebook's output."""
+        seeds = sorted(self.values.index)
+        return {
+            "how": self.how,
+            "values": {str(seed): float(self.values[seed]) for seed in seeds},
+            "from": {str(seed): [list(source) for source in self.sources[seed]] for seed in seeds},
+        }
+
+
+NOTHING = Found(pd.Series(dtype=float), {})
+
+
+def rows_of(frame: pd.DataFrame, **chosen) -> pd.DataFrame:
+    """The rows in which the named columns have these values; one value, or any of a list."""
+    for name, value in chosen.items():
+        if name not in frame:  # of a study without a record yet
+            return frame[:0]
+        frame = frame[frame[name].isin(value if isinstance(value, list) else [value])]
+    return frame
+
+
+def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
+    """A column's value after the last epoch, by seed, of the rows chosen.
+
+    ``path`` may lead into a column of dicts: ``engines/onnxruntime/accuracy``.
+    Raises ValueError where a seed has two runs.
+    """
+    rows = rows_of(frame, **chosen)
+    if "epoch" in rows:
+        rows = rows.loc[rows.groupby("key").epoch.idxmax()]
+    if not len(rows):
+        return NOTHING
+    if rows.seed.duplicated().any():
+        twice = rows.seed[rows.seed.duplicated()].iloc[0]
+        raise ValueError(f"seed {twice} has several runs; name what sets them apart ({chosen})")
+    column, *rest = path.split("/")
+    in_history = column in frame.attrs.get("history", [])
+    values, sources = {}, {}
+    for _, row in rows.iterrows():
+        value = row[column]
+        for name in rest:
+            value = value[int(name)] if isinstance(value, list) else value[name]
+        field = f"history/{row.epoch - 1}/{path}" if in_history else path
+        values[row.seed] = float(value)
+        sources[row.seed] = [(row.key, field, getattr(value, "item", lambda value=value: value)())]
+    return Found(pd.Series(values), sources)
+
+
+def curve(frame: pd.DataFrame, column: str = "test_accuracy", **chosen) -> dict[int, tuple]:
+    """A column's values after every epoch, and their source, by seed of the rows chosen."""
+    found = {}
+    for (seed, key), rows in rows_of(frame, **chosen).groupby(["seed", "key"]):
+        values = rows.sort_values("epoch")[column].tolist()
+        found[seed] = (values, (key, f"history/*/{column}", values))
+    return found
+
+
+def of_curves(function: Callable[..., float], *curves: dict[int, tuple]) -> Found:
+    """``function`` of a list for each of the curves, seed by seed; its name says how."""
+    seeds = set.intersection(*map(set, curves))
+    values = {s: round(float(function(*(c[s][0] for c in curves))), 10) for s in sorted(seeds)}
+    sources = {s: [c[s][1] for c in curves] for s in values}
+    return Found(pd.Series(values, dtype=float), sources, function.__name__)
+
+
+def chosen(held: Mapping[str, Found], test: Mapping[str, Found]) -> tuple[Found, dict[int, str]]:
+    """For each seed, the candidate that is best on held-out pictures in the *other* seeds.
+
+    The better of two runs of one seed would be partly lucky. Returns the test values and, by seed,
+    the names chosen; candidates without all seeds, and seeds without all candidates, drop.
+    """
+    table = pd.DataFrame({name: found.values for name, found in held.items()}).dropna()
+    if len(table) < 2:
+        return NOTHING, {}
+    names = {seed: table.drop(seed).mean().idxmax() for seed in table.index}
+    values = {seed: test[name].values[seed] for seed, name in names.items()}
+    sources = {seed: test[name].sources[seed] for seed, name in names.items()}
+    return Found(pd.Series(values), sources), names
+
+
+def best_of(frame: pd.DataFrame, by: str, column: str = "validation_accuracy", **chosen):
+    """What ``by`` is best, by the mean over seeds of a column after the last epoch.
+
+    Returns it, the means (a Series over ``by``), and whether it lies at an edge of those tried, so
+    that a better one may lie beyond.
+    """
+    rows = rows_of(frame, **chosen)
+    rows = rows.loc[rows.groupby("key").epoch.idxmax()]
+    means = rows.groupby(by)[column].mean().sort_index()
+    best = means.idxmax()
+    return best, means, best in (means.index[0], means.index[-1])
+
+
+def three_accuracies(frame: pd.DataFrame, **chosen) -> pd.Series:
+    """Mean over runs of test accuracy: last epoch, chosen on held-out pictures, best on test."""
+    rows = rows_of(frame, **chosen)
+    found = [
+        {
+            "last epoch": run.test_accuracy.iloc[-1],
+            "chosen on held-out": run.test_accuracy.loc[run.validation_accuracy.idxmax()],
+            "best on test (optimistic)": run.test_accuracy.max(),
+        }
+        for _, run in rows.sort_values("epoch").groupby("key")
+    ]
+    return pd.DataFrame(found).mean()
