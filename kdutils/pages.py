@@ -65,10 +65,10 @@ def provenance(study: Study) -> None:
     """Show what the records used say: what they cost, where, by which code and register."""
     from IPython.display import Markdown, display
 
-    costs = study.costs()
-    if not len(costs):
+    if not study.records:
         display(Markdown("No run has been published yet."))
         return
+    costs = study.costs()
     made = [record.content["made"] for record in study.records]
     kinds = costs.groupby("run").agg({"runs": "sum", "minutes": "sum", "source": list})
     listed = "; ".join(
@@ -94,3 +94,16 @@ def provenance(study: Study) -> None:
         f"`python -m kdutils sync {study.name}`.",
     ]
     display(Markdown("\n".join(f"- {line}" for line in lines)))
+
+
+def say(rows: list[dict], named: dict[str, str]) -> None:
+    """Show judged claims as a list, a sentence a claim: what was asked, the word, the numbers."""
+    from IPython.display import Markdown, display
+
+    by_id = {row["id"]: row for row in rows}
+    lines = []
+    for name, question in named.items():
+        row = by_id[name]
+        weakest = f"; decided by *{row['part']}*" if row["part"] and row["verdict"] else ""
+        lines.append(f"- **{question}** ({name}): {holds(row)}{weakest}.")
+    display(Markdown("\n".join(lines)))

@@ -85,8 +85,8 @@ def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
 
 def curve(frame: pd.DataFrame, column: str = "test_accuracy", **chosen) -> dict[int, tuple]:
     """A column's values after every epoch, and their source, by seed of the rows chosen."""
-    found = {}
-    for (seed, key), rows in rows_of(frame, **chosen).groupby(["seed", "key"]):
+    frame, found = rows_of(frame, **chosen), {}
+    for (seed, key), rows in frame.groupby(["seed", "key"]) if len(frame) else ():
         values = rows.sort_values("epoch")[column].tolist()
         found[seed] = (values, (key, f"history/*/{column}", values))
     return found
