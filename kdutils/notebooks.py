@@ -10,6 +10,7 @@ from kdutils.records import PROJECT
 from kdutils.runs import SCALES, Study
 
 FOLDER = PROJECT / "notebooks"
+OUTCOMES = ("index", "verdicts")  # pages that read what the studies' pages store; synced last
 
 
 class UnknownStudy(ValueError):
@@ -91,12 +92,12 @@ def sync(study: str = "") -> list[Path]:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    sources = sorted(FOLDER.glob("*.md"))
-    if study:  # and the page that reads its claims
+    sources = sorted(FOLDER.glob("*.md"), key=lambda path: (path.stem in OUTCOMES, path.stem))
+    if study:  # and the pages that read its claims
         named = [p for p in sources if study in (p.stem, p.stem.partition("-")[2])]
         if not named:
             find(study)
-        sources = [p for p in sources if p in named or p.stem == "verdicts"]
+        sources = [p for p in sources if p in named or p.stem in OUTCOMES]
     paths = [path.with_suffix(".ipynb") for path in sources]
     for path in paths:
         notebook = jupytext.read(path.with_suffix(".md"))

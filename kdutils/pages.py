@@ -107,3 +107,17 @@ def say(rows: list[dict], named: dict[str, str]) -> None:
         weakest = f"; decided by *{row['part']}*" if row["part"] and row["verdict"] else ""
         lines.append(f"- **{question}** ({name}): {holds(row)}{weakest}.")
     display(Markdown("\n".join(lines)))
+
+
+def stored_answer(study: str) -> str:
+    """The answer that a study's stored page shows; without one, how many claims have which word."""
+    import nbformat
+
+    from kdutils import notebooks
+
+    for cell in nbformat.read(notebooks.find(study), as_version=4).cells:
+        if "answer" in cell.metadata.get("tags", []):
+            for output in cell.outputs:
+                if "text/markdown" in output.get("data", {}):
+                    return output["data"]["text/markdown"]
+    return tally([row for row in claims.of_notebooks() if row["study"] == study])
