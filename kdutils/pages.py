@@ -9,17 +9,17 @@ from kdutils.runs import Study
 MOST_SENTENCES = 8
 
 
-def answer(*sentences: str) -> None:
-    """Show the page's answer, at most eight sentences; empty ones are left out.
+def answer(*sentences: str):
+    """The page's answer, at most eight sentences; empty ones are left out.
 
     Raises ValueError where there are more: a reader has a minute.
     """
-    from IPython.display import Markdown, display
+    from IPython.display import Markdown
 
     said = [sentence for sentence in sentences if sentence]
     if len(said) > MOST_SENTENCES:
         raise ValueError(f"the answer has {len(said)} sentences; it may have {MOST_SENTENCES}")
-    display(Markdown(" ".join(said)))
+    return Markdown(" ".join(said))
 
 
 def tally(rows: list[dict]) -> str:
@@ -40,34 +40,33 @@ def holds(row: dict) -> str:
     return f"*{row['verdict'] or 'no verdict'}*, {claims.said_with_interval(row)}"
 
 
-def settings(rows: dict[str, tuple]) -> None:
-    """Show the setting as a table: for each choice the paper's, ours, and why."""
+def settings(rows: dict[str, tuple]):
+    """The setting as a table: for each choice the paper's, ours, and why."""
     import pandas as pd
-    from IPython.display import HTML, display
+    from IPython.display import HTML
 
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["paper", "ours", "why"])
     frame = frame.map(lambda value: escape(str(value)))
     html = frame.to_html(border=0, classes="settings", justify="left", escape=False)
-    display(HTML(f'<div class="settings">{html}</div>'))
+    return HTML(f'<div class="settings">{html}</div>')
 
 
-def source(*functions) -> None:
-    """Show the code of functions that were defined further up, as the method has it."""
+def source(*functions):
+    """The code of functions that were defined further up, as the method has it."""
     import inspect
 
-    from IPython.display import Markdown, display
+    from IPython.display import Code
 
     texts = [inspect.getsource(getattr(f, "function", f)).rstrip() for f in functions]
-    display(Markdown("```python\n" + "\n\n\n".join(texts) + "\n```"))
+    return Code("\n\n\n".join(texts), language="python")
 
 
-def provenance(study: Study) -> None:
-    """Show what the records used say: what they cost, where, by which code and register."""
-    from IPython.display import Markdown, display
+def provenance(study: Study):
+    """What the records used say: what they cost, where, by which code and register."""
+    from IPython.display import Markdown
 
     if not study.records:
-        display(Markdown("No run has been published yet."))
-        return
+        return Markdown("No run has been published yet.")
     costs = study.costs()
     made = [record.content["made"] for record in study.records]
     kinds = costs.groupby("run").agg({"runs": "sum", "minutes": "sum", "source": list})
@@ -93,12 +92,12 @@ def provenance(study: Study) -> None:
         f"**Again** `python -m kdutils train {study.name} --scale {study.scale}`, then "
         f"`python -m kdutils sync {study.name}`.",
     ]
-    display(Markdown("\n".join(f"- {line}" for line in lines)))
+    return Markdown("\n".join(f"- {line}" for line in lines))
 
 
-def say(rows: list[dict], named: dict[str, str]) -> None:
-    """Show judged claims as a list, a sentence a claim: what was asked, the word, the numbers."""
-    from IPython.display import Markdown, display
+def say(rows: list[dict], named: dict[str, str]):
+    """Judged claims as a list, a sentence a claim: what was asked, the word, the numbers."""
+    from IPython.display import Markdown
 
     by_id = {row["id"]: row for row in rows}
     lines = []
@@ -106,7 +105,7 @@ def say(rows: list[dict], named: dict[str, str]) -> None:
         row = by_id[name]
         weakest = f"; decided by *{row['part']}*" if row["part"] and row["verdict"] else ""
         lines.append(f"- **{question}** ({name}): {holds(row)}{weakest}.")
-    display(Markdown("\n".join(lines)))
+    return Markdown("\n".join(lines))
 
 
 def stored_answer(study: str) -> str:

@@ -1,0 +1,70 @@
+"""What pages share: the answer's length, counts by word, the setting, provenance."""
+
+import re
+
+import pytest
+from tiny import tiny_study
+
+from kdutils import notebooks, pages
+
+
+def row(word, **more):
+    return (
+        {"id": "a-1", "verdict": word, "mean": 0.011, "low": 0.001, "high": 0.021}
+        | {
+            "unit": "points",
+            "found": 8,
+            "seeds": 8,
+            "part": "",
+        }
+        | more
+    )
+
+
+def test_an_answer_has_at_most_eight_sentences():
+    assert pages.answer(*["A."] * 8, "", "").data == "A. A. A. A. A. A. A. A."
+    with pytest.raises(ValueError, match="the answer has 9 sentences; it may have 8"):
+        pages.answer(*["A."] * 9)
+
+
+def test_tally_counts_words_the_strongest_first():
+    rows = [row("no effect"), row("replicated"), row(None), row("replicated"), row("reversed")]
+    said = "Of 5 claims: 2 replicated, 1 show no effect, 1 reversed and 1 not judged yet."
+    assert pages.tally(rows) == said
+    assert pages.tally([row("inconclusive")]) == "Of 1 claims: 1 inconclusive."
+
+
+def test_a_claim_is_said_with_its_word_its_interval_and_its_weakest_part():
+    assert pages.holds(row("replicated")) == "*replicated*, +1.1 points (0.1 to 2.1)"
+    assert pages.holds(row(None, mean=None, found=3)) == "*no verdict*, 3 of 8 seeds"
+    text = pages.say([row("inconclusive", part="late")], {"a-1": "Better"}).data
+    assert (
+        text == "- **Better** (a-1): *inconclusive*, +1.1 points (0.1 to 2.1); decided by *late*."
+    )
+
+
+def test_the_setting_escapes_what_would_be_html():
+    shown = pages.settings({"rate": ("<b>", "0.1", "a & b")}).data
+    assert "&lt;b&gt;" in shown
+    assert "a &amp; b" in shown
+
+
+def test_source_shows_a_function_as_it_was_written():
+    assert pages.source(pages.tally).data.startswith("def tally(rows")
+
+
+def test_provenance_counts_runs_commits_and_the_register(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
+    study, trained = tiny_study()
+    assert "No run" in pages.provenance(study).data
+    study.map(trained, [{"seed": 0}])
+    text = pages.provenance(study).data
+    assert re.search(r"\*\*Runs\*\* 1, 0\.0 hours", text)
+    assert "1 of 1 runs began when" in text
+    assert f"train {study.name} --scale {study.scale}" in text
+
+
+def test_every_study_has_an_answer():
+    for name in notebooks.studies():
+        assert len(pages.stored_answer(name)) > 20
