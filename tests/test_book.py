@@ -20,8 +20,8 @@ from kdutils import notebooks
 
 PROJECT = Path(__file__).parent.parent
 STUDY = "notebooks/3-eskd"
-PAGES = ["notebooks/index", "book/methods", "book/rerun", "book/design", "book/glossary"]
-PAGES += ["book/references", "notebooks/verdicts", "notebooks/scenes"]
+PAGES = ["notebooks/index", "book/methods", "book/rerun", "book/design", "book/log"]
+PAGES += ["book/glossary", "book/references", "notebooks/verdicts", "notebooks/scenes"]
 PAGES += [f"notebooks/{path.stem}" for path in notebooks.studies().values()]
 WIDTHS = {"desktop": 1280, "phone": 390}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
