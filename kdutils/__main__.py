@@ -181,10 +181,7 @@ def claims(
     if as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
         return
-    for row in found:
-        part = f", {row['part']}" if row["part"] else ""
-        word = row["verdict"] or "no verdict"
-        print(f"{row['id']:12} {word:19} {claims_room.said_with_interval(row)}{part}")
+    print(*map(claims_room.line, found), sep="\n")
 
 
 def main():

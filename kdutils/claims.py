@@ -5,6 +5,7 @@ came from, and everything else (mean, interval, word) is computed from these two
 """
 
 import csv
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -16,6 +17,8 @@ from kdutils.results import Found
 from kdutils.verdicts import Rule
 
 REGISTER = PROJECT / "data" / "claims.csv"
+COLUMNS = "id study source statement quantity paper_value kind parts bound effect margin unit seeds"
+COLUMNS = COLUMNS.split()
 MIME = "application/vnd.kdutils.claims+json"  # of the values in a notebook's output
 UNITS = {  # how a value is said: factor, digits, what stands behind it
     "points": (100, 1, " points"),
@@ -53,64 +56,84 @@ class Claim:
     need: int | None
 
 
-def registered(path: Path = REGISTER) -> dict[str, Claim]:
+def registered(path: Path | None = None) -> dict[str, Claim]:
     """The claims by id. Raises :class:`ClaimError` for a row that no verdict could follow from."""
     found: dict[str, Claim] = {}
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path or REGISTER, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            claim = _claim(row)
-            if claim.id in found:
-                raise ClaimError(f"claim {claim.id} is registered twice.")
-            found[claim.id] = claim
+            name = row.get("id")
+            if absent := [column for column in COLUMNS if row.get(column) is None]:
+                raise ClaimError(f"claim {name}: it has no {absent[0]}.")
+            if None in row:
+                raise ClaimError(f"claim {name}: it has more fields than there are columns.")
+            if name in found:
+                raise ClaimError(f"claim {name} is registered twice.")
+            try:
+                found[name] = _claim(row)
+            except ValueError as error:
+                raise ClaimError(f"claim {name}: {error}.") from None
     return found
 
 
 def _claim(row: dict) -> Claim:
-    def number(name, text):
-        try:
-            return float(text)
-        except ValueError:
-            raise ClaimError(
-                f"claim {row['id']}: {name} is {text!r}, which is no number."
-            ) from None
-
-    def optional(name, text):
-        return number(name, text) if text else None
-
+    """Raises ValueError, saying what is wrong, for what no verdict could follow from."""
     first, _, rest = row["kind"].partition(" ")
     need, kind = None, row["kind"]
     if first == "all":
         kind = rest
     elif first == "any":
         count, _, kind = rest.partition(" of ")
-        need = int(number("kind", count))
+        need = int(_number("kind", count, whole=True))
     if kind not in verdicts.KINDS:
         known = ", ".join(verdicts.KINDS)
-        raise ClaimError(
-            f"claim {row['id']}: unknown kind {row['kind']!r}; kinds: {known}, "
-            "and 'all …' or 'any 2 of …' before one of them."
+        raise ValueError(
+            f"unknown kind {row['kind']!r}; kinds: {known}, "
+            "and 'all …' or 'any 2 of …' before one of them"
         )
     if row["unit"] not in UNITS:
-        known = ", ".join(UNITS)
-        raise ClaimError(f"claim {row['id']}: unknown unit {row['unit']!r}; units: {known}.")
+        raise ValueError(f"unknown unit {row['unit']!r}; units: {', '.join(UNITS)}")
     parts = row["parts"].split(";") if row["parts"] else [""]
+    if len(set(parts)) < len(parts) or (len(parts) > 1) != (first in ("all", "any")):
+        raise ValueError(f"kind {row['kind']!r} does not fit its parts, {row['parts']!r}")
+    if need is not None and not 1 <= need <= len(parts):
+        raise ValueError(f"{need} of {len(parts)} parts cannot hold")
     effects = row["effect"].split(";")
-    effects = effects if len(effects) == len(parts) else effects * len(parts)
-    low, *up = row["bound"].split() if kind == "within" else [row["bound"]]
+    effects = effects * len(parts) if len(effects) == 1 else effects
+    if len(effects) != len(parts):
+        raise ValueError(f"it has {len(effects)} effects for {len(parts)} parts")
+    bounds = [_number("bound", text) for text in row["bound"].split()]
+    if len(bounds) != 1 + (kind == "within") or bounds != sorted(set(bounds)):
+        wanted = "a lower and an upper number" if kind == "within" else "one number"
+        raise ValueError(f"bound is {row['bound']!r}; it must be {wanted}")
+    margin, seeds = _number("margin", row["margin"]), _number("seeds", row["seeds"], whole=True)
+    if margin <= 0 or seeds < 2:
+        raise ValueError("its margin must be above 0, and its seeds at least 2")
     rules = {
         part: Rule(
             kind,
-            number("bound", low),
-            margin=number("margin", row["margin"]),
-            effect=optional("effect", effect),
-            upper=number("bound", up[0]) if up else None,
+            bounds[0],
+            margin=margin,
+            effect=_number("effect", effect) if effect else None,
+            upper=bounds[1] if kind == "within" else None,
             ratio=row["unit"] == "ratio",
         )
         for part, effect in zip(parts, effects, strict=True)
     }
+    for rule in rules.values():  # what is beyond the bound has to be a ratio too
+        rule.scaled(rule.bound), rule.scaled(rule.reach(margin))
+        rule.scaled(rule.reach(rule.effect or 0))
     text = ("id", "study", "source", "statement", "quantity", "paper_value", "kind", "unit")
-    seeds = int(number("seeds", row["seeds"]))
-    return Claim(*(row[name] for name in text), seeds=seeds, rules=rules, need=need)
+    return Claim(*(row[name] for name in text), seeds=int(seeds), rules=rules, need=need)
+
+
+def _number(name: str, text: str, whole: bool = False) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or (whole and value != int(value)):
+        raise ValueError(f"{name} is {text!r}, which is no {'whole ' if whole else ''}number")
+    return value
 
 
 def judge(study: str, scale: str, found: Mapping) -> tuple[list[dict], list[dict]]:
@@ -138,15 +161,19 @@ def stored(study: str, scale: str, found: Mapping[str, Found | Mapping[str, Foun
             raise ClaimError(
                 f"claim {name}: its parts are {wanted}, but runs are given for {given}."
             )
-        for part in parts.values():
-            if len(part.values) > claim.seeds:
-                raise ClaimError(
-                    f"claim {name}: {claim.seeds} seeds are registered, but there are "
-                    f"{len(part.values)}; none may be added after a look."
-                )
         kept = {part: parts[part].as_dict() for part in claim.rules}
+        _check_seeds(claim, kept)
         rows.append({"id": name, "scale": scale, "parts": kept})
     return rows
+
+
+def _check_seeds(claim: Claim, parts: dict) -> None:
+    most = max((len(part["values"]) for part in parts.values()), default=0)
+    if most > claim.seeds:
+        raise ClaimError(
+            f"claim {claim.id}: {claim.seeds} seeds are registered, but there are {most}; "
+            "none may be added after a look."
+        )
 
 
 def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
@@ -154,15 +181,24 @@ def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
 
     Keys: those of the register; ``values`` (by seed, of the part that decides), ``parts``,
     ``runs``, ``scale``, ``found`` (seeds), ``verdict`` (one of five words, or None), ``part``,
-    ``mean``, ``low``, ``high``, ``effect_excluded``, ``holm`` (None where it does not apply),
-    ``needed`` (seeds, where it is inconclusive), ``margins`` (what :func:`figures.forest` draws).
+    ``mean``, ``low``, ``high``, ``paper`` (its effect as a value of the quantity),
+    ``effect_excluded``, ``holm`` (None where it does not apply), ``needed`` (seeds that would
+    decide, where it is inconclusive), ``margins`` (what :func:`figures.forest` draws).
+    Raises :class:`ClaimError` for stored rows that the register does not admit.
     """
     by_id, result, ps = {row["id"]: row for row in rows}, [], {}
-    for claim in registered().values():
+    known = registered()
+    if odd := sorted(by_id.keys() - known.keys()):
+        raise ClaimError(f"values are stored for {odd[0]}, which is no registered claim.")
+    for claim in known.values():
         if studies is not None and claim.study not in studies:
             continue
         row = by_id.get(claim.id, {"scale": None, "parts": {}})
-        found = _verdict(claim, row.get("parts", {}))
+        _check_seeds(claim, row.get("parts", {}))
+        try:
+            found = _verdict(claim, row.get("parts", {}))
+        except ValueError as error:
+            raise ClaimError(f"claim {claim.id}: {error}.") from None
         if found["p"] is not None:
             ps.setdefault(claim.study, {})[claim.id] = found["p"]
         result.append(found | {"scale": row["scale"] if found["found"] else None})
@@ -181,18 +217,20 @@ def _verdict(claim: Claim, parts: dict) -> dict:
     whole = verdicts.weakest(each, claim.need)
     rule = claim.rules[whole.part]
     sources = [s for part in parts.values() for of_seed in part["from"].values() for s in of_seed]
-    needed = None
-    if whole.word == verdicts.INCONCLUSIVE:
-        needed = verdicts.seeds_needed(rule, values[whole.part])
+    needed = [  # to decide the claim for sure, each part that is open has to be decided
+        verdicts.seeds_needed(claim.rules[part], values[part])
+        for part, verdict in each.items()
+        if whole.word == verdict.word == verdicts.INCONCLUSIVE
+    ]
     return {
         **{k: getattr(claim, k) for k in ("id", "study", "source", "statement", "quantity")},
         **{k: getattr(claim, k) for k in ("paper_value", "kind", "unit", "seeds")},
         **{k: getattr(rule, k) for k in ("bound", "upper", "margin", "effect")},
-        "side": rule.side,
+        "paper": None if rule.effect is None else rule.reach(rule.effect),
         "values": parts.get(whole.part, {}).get("values", {}),
         "parts": {
             part: {"verdict": v.word, "mean": v.mean, "low": v.low, "high": v.high, "found": v.n}
-            | {"effect": claim.rules[part].effect}
+            | {"effect": claim.rules[part].effect, "values": parts.get(part, {}).get("values", {})}
             for part, v in each.items()
         },
         "runs": sorted({key for key, *_ in sources}),
@@ -201,7 +239,7 @@ def _verdict(claim: Claim, parts: dict) -> dict:
         "found": whole.n,
         **{k: getattr(whole, k) for k in ("mean", "low", "high", "p", "effect_excluded")},
         "margins": _margins(rule, whole),
-        "needed": needed,
+        "needed": None if None in needed else max(needed, default=None),
     }
 
 
@@ -231,6 +269,16 @@ def said_with_interval(row: dict) -> str:
     return f"{said(row['mean'], row['unit'])} ({low} to {high})"
 
 
+def line(row: dict) -> str:
+    """A judged row in one line of plain numbers, as ``tools/check_claims.py`` prints it too."""
+    if row["verdict"] is None:
+        return f"{row['id']:12} {'no verdict':19} {row['found']} of {row['seeds']} seeds"
+    span = verdicts.Interval(row["mean"], row["low"], row["high"], row["found"])
+    part = f", {row['part']}" if row["part"] else ""
+    holm = "" if row["holm"] is None else f", Holm: {'yes' if row['holm'] else 'no'}"
+    return f"{row['id']:12} {row['verdict']:19} {span}{part}{holm}"
+
+
 def show(rows: list[dict], keep: list[dict]) -> None:
     """Show judged rows as a table whose output carries ``keep``, the stored rows, as data."""
     from IPython.display import display
@@ -247,7 +295,7 @@ def table(rows: list[dict]) -> str:
         word = row["verdict"] or "no verdict"
         badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
         part = f"<br>({escape(row['part'])})" if row["part"] else ""
-        effect = "" if row["effect"] is None else said(row["side"] * row["effect"], row["unit"])
+        effect = "" if row["paper"] is None else said(row["paper"], row["unit"])
         if row["effect_excluded"]:
             effect += "<br>(excluded)"
         seeds = f"{row['found']} of {row['seeds']}"

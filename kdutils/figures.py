@@ -1,5 +1,7 @@
 """The recurring plots. They know DataFrames, one row a run (and epoch), and nothing else."""
 
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -70,30 +72,34 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
     """
     from kdutils import claims
 
-    height = 0.62 * len(rows) + 0.8
-    ax = plt.subplots(figsize=(6.6, height))[1]
+    ax = plt.subplots(figsize=(4.8, 0.8 * len(rows) + 0.6))[1]
     for y, row in enumerate(rows):
         colour, marker = SIGNS[row["verdict"]]
-        word = row["verdict"] or "no verdict"
+        if y % 2:
+            ax.axhspan(y - 0.5, y + 0.5, color="0.96", zorder=0)
+        text = f"{row['id']}  {row['statement']}"
+        size = 9 if len(text) < 105 else 8  # two lines at most
+        statement = fill(text, 57 * 9 // size)
         part = f" [{row['part']}]" if row["part"] else ""
-        ax.text(-reach, y - 0.36, f"{row['id']}  {row['statement']}", size=9.5, va="center")
-        ax.text(reach, y + 0.3, word, size=8.5, ha="right", va="center", color=colour)
         said = claims.said_with_interval(row) + part
-        ax.text(-reach, y + 0.3, said, size=8.5, va="center", color="0.35")
+        ax.text(-reach, y - 0.45, statement, size=size, va="top", linespacing=1.1)
+        ax.text(-reach, y + 0.36, said, size=9, va="center", color="0.35")
+        word = row["verdict"] or "no verdict"
+        ax.text(reach, y + 0.36, word, size=9, ha="right", va="center", weight="bold")
+        ax.vlines([0, 1], y - 0.1, y + 0.22, ["black", "grey"], ["-", "--"], linewidth=0.9)
         if row["margins"] is None:
             continue
         mean, low, high = (_clipped(row["margins"][k], reach) for k in ("mean", "low", "high"))
-        ax.plot([low, high], [y, y], color=colour, linewidth=2.6, solid_capstyle="butt")
+        ax.plot([low, high], [y + 0.06] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
         edge = {-reach: "<", reach: ">"}.get(mean, marker)
         hollow = {"markerfacecolor": "white"} if row["verdict"] == "inconclusive" else {}
-        ax.plot(mean, y, edge, color=colour, markersize=8, **hollow)
+        ax.plot(mean, y + 0.06, edge, color=colour, markersize=8, **hollow)
         if row["margins"]["effect"] is not None:
             effect = _clipped(row["margins"]["effect"], reach)
-            ax.plot(effect, y, "D", markerfacecolor="none", color="black", markersize=7)
-    ax.axvline(0, color="black", linewidth=0.8)
-    ax.axvline(1, color="grey", linewidth=0.8, linestyle="--")
-    ax.set(ylim=(len(rows) - 0.35, -0.7), xlim=(-reach - 0.1, reach + 0.1), yticks=[])
-    ax.set_xlabel("beyond the bound, in margins   (◇ the paper's effect)")
+            ax.plot(effect, y + 0.06, "D", markerfacecolor="none", color="black", markersize=7)
+    ax.set(ylim=(len(rows) - 0.45, -0.55), xlim=(-reach - 0.1, reach + 0.1), yticks=[])
+    ax.set_xlabel("beyond the bound, in margins  (◇ the paper's effect)", size=9)
+    ax.tick_params(labelsize=9)
     ax.grid(False)
     sns.despine(ax=ax, left=True)
     return ax
@@ -101,6 +107,30 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
 
 def _clipped(value: float, reach: float) -> float:
     return max(-reach, min(reach, value))
+
+
+def tally(rows: list[dict]) -> plt.Axes:
+    """One bar a study (:func:`claims.judged`): how many of its claims have which word."""
+    studies = list(dict.fromkeys(row["study"] for row in rows))
+    ax = plt.subplots(figsize=(4.4, 0.46 * len(studies) + 1.2))[1]
+    start = dict.fromkeys(studies, 0)
+    for word, (colour, _) in SIGNS.items():
+        names = [row["study"] for row in rows if row["verdict"] == word]
+        for y, study in enumerate(studies):
+            if count := names.count(study):
+                ax.barh(y, count, left=start[study], color=colour, edgecolor="white", height=0.72)
+                tint = "white" if word == "replicated" else "black"
+                middle = start[study] + count / 2
+                ax.text(middle, y, count, ha="center", va="center", size=11, color=tint)
+                start[study] += count
+        if names:
+            ax.plot([], [], "s", color=colour, markersize=10, label=word or "no verdict")
+    ax.set(yticks=range(len(studies)), yticklabels=studies, xticks=[])
+    ax.set(ylim=(len(studies) - 0.5, -0.5), xlim=(0, max(start.values(), default=1)))
+    ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=11)
+    ax.grid(False)
+    sns.despine(ax=ax, left=True, bottom=True)
+    return ax
 
 
 def paired(found: dict, ax: plt.Axes | None = None, unit: str = "points") -> plt.Axes:

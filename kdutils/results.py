@@ -64,12 +64,11 @@ def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
     """
     rows = rows_of(frame, **chosen)
     if "epoch" in rows:
-        rows = rows.loc[rows.groupby("key").epoch.idxmax()]
+        rows = rows.sort_values("epoch").groupby("key").tail(1)
     if not len(rows):
         return NOTHING
     if rows.seed.duplicated().any():
-        twice = rows.seed[rows.seed.duplicated()].iloc[0]
-        raise ValueError(f"seed {twice} has several runs; name what sets them apart ({chosen})")
+        raise ValueError(_twice(rows.seed[rows.seed.duplicated()].iloc[0], chosen))
     column, *rest = path.split("/")
     in_history = column in frame.attrs.get("history", [])
     values, sources = {}, {}
@@ -77,16 +76,25 @@ def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
         value = row[column]
         for name in rest:
             value = value[int(name)] if isinstance(value, list) else value[name]
-        field = f"history/{row.epoch - 1}/{path}" if in_history else path
+        field = f"history/{int(row.epoch) - 1}/{path}" if in_history else path
         values[row.seed] = float(value)
         sources[row.seed] = [(row.key, field, getattr(value, "item", lambda value=value: value)())]
     return Found(pd.Series(values), sources)
 
 
+def _twice(seed: int, chosen: dict) -> str:
+    return f"seed {seed} has several runs; name what sets them apart ({chosen})"
+
+
 def curve(frame: pd.DataFrame, column: str = "test_accuracy", **chosen) -> dict[int, tuple]:
-    """A column's values after every epoch, and their source, by seed of the rows chosen."""
+    """A column's values after every epoch, and their source, by seed of the rows chosen.
+
+    Raises ValueError where a seed has two runs.
+    """
     frame, found = rows_of(frame, **chosen), {}
     for (seed, key), rows in frame.groupby(["seed", "key"]) if len(frame) else ():
+        if seed in found:
+            raise ValueError(_twice(seed, chosen))
         values = rows.sort_values("epoch")[column].tolist()
         found[seed] = (values, (key, f"history/*/{column}", values))
     return found

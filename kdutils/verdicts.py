@@ -6,9 +6,8 @@ Knows numbers alone: no claims' texts, records or tensors.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import NormalDist
+from statistics import NormalDist, mean, stdev
 
-import numpy as np
 import pandas as pd
 
 REPLICATED, SMALLER = "replicated", "replicated, smaller"
@@ -32,17 +31,20 @@ class Interval:
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
-    """Student's t interval for the mean of ``values``, one a seed."""
+    """Student's t interval for the mean of ``values``, one a seed.
+
+    Sums are exact, so that equal values have no spread and the order of seeds does not matter.
+    """
     from scipy import stats
 
-    values = np.asarray(values, float)
-    if not np.isfinite(values).all():
+    values = [float(value) for value in values]
+    if not all(map(math.isfinite, values)):
         raise ValueError(f"there is no interval for values that are not finite: {values}")
-    if len(values) < 2:
-        mean = float(values[0]) if len(values) else np.nan
-        return Interval(mean, np.nan, np.nan, len(values))
-    half = stats.t.ppf((1 + confidence) / 2, len(values) - 1) * stats.sem(values)
-    return Interval(values.mean(), values.mean() - half, values.mean() + half, len(values))
+    n = len(values)
+    if n < 2:
+        return Interval(values[0] if values else math.nan, math.nan, math.nan, n)
+    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    return Interval(mean(values), mean(values) - half, mean(values) + half, n)
 
 
 def paired(a: pd.Series, b: pd.Series) -> pd.Series:
@@ -78,6 +80,8 @@ class Rule:
 
     def scaled(self, value: float) -> float:
         """A value of the quantity on the scale on which it is judged."""
+        if self.ratio and value <= 0:
+            raise ValueError(f"a ratio of {value} has no logarithm")
         return math.log(value) if self.ratio else float(value)
 
     def beyond(self, value: float) -> float:
@@ -118,13 +122,12 @@ def judge(rule: Rule, values: Sequence[float]) -> Verdict:
     where the whole interval is inside, *reversed* where it is outside. ``every``: by the seeds
     themselves. Otherwise *inconclusive*.
     """
-    values = np.asarray(values, float)
     if len(values) < 2:
         return Verdict(None, n=len(values))
     found = interval([rule.scaled(v) for v in values])
     low, high = found.low, found.high
     if rule.kind.startswith("every"):
-        low, high = rule.scaled(values.min()), rule.scaled(values.max())
+        low, high = rule.scaled(min(values)), rule.scaled(max(values))
     start = rule.scaled(rule.bound)
     near, far = sorted((rule.side * (low - start), rule.side * (high - start)))
     effect = None if rule.effect is None else rule.beyond(rule.reach(rule.effect))
@@ -196,18 +199,18 @@ def holm(ps: Mapping[str, float], level: float = 0.05) -> dict[str, bool]:
 
 
 def seeds_needed(rule: Rule, values: Sequence[float]) -> int | None:
-    """How many seeds of this spread make the interval narrower than the margin.
+    """How many seeds of this spread make the interval no wider than the margin.
 
-    Then it cannot hold both the bound and the margin, so that the answer cannot be inconclusive.
-    None where there is no margin or no spread to go by.
+    Then it cannot hold both the bound and the margin, so that ``above`` and ``below`` cannot be
+    inconclusive. None for the other kinds, which no number of seeds is sure to decide, and where
+    there is no margin or no spread to go by.
     """
     from scipy import stats
 
-    scaled = [rule.scaled(v) for v in values]
-    if len(scaled) < 2 or not rule.margin:
+    if len(values) < 2 or not rule.margin or rule.kind not in ("above", "below"):
         return None
     width = abs(rule.beyond(rule.reach(rule.margin)))
-    spread = float(np.std(scaled, ddof=1))
+    spread = stdev(rule.scaled(v) for v in values)
     n = max(2, int((2 * NormalDist().inv_cdf(0.975) * spread / width) ** 2))
     while 2 * stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) > width:
         n += 1

@@ -192,7 +192,7 @@ def test_hooks_are_sound():
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
 def test_code_is_in_style(command):
-    tool("ruff", *command, "kdutils", "tests")
+    tool("ruff", *command, "kdutils", "tests", "tools")
 
 
 # kdutils
@@ -220,6 +220,22 @@ def test_kdutils_stays_small():
     # Roads for data are read by those who take them, and what runs on a device stands alone.
     aside = {"scenes.py", "pictures.py", "recordings.py", "concierge.py", "board.py"}
     assert sum(n for name, n in lines.items() if name not in aside) <= 1930
+
+
+def test_the_check_of_claims_stays_short_enough_to_be_read_by_who_trusts_nobody():
+    source = text("tools/check_claims.py")
+    assert code_lines(source) <= 100
+    imported = [
+        n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
+    names = {a.name for n in imported for a in n.names} | {
+        n.module for n in imported if hasattr(n, "module")
+    }
+    assert {n.partition(".")[0] for n in names} - {
+        "Path",
+        "mean",
+        "stdev",
+    } <= sys.stdlib_module_names
 
 
 def test_reading_needs_no_pytorch():

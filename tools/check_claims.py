@@ -1,0 +1,115 @@
+"""Judge every claim again, for someone who trusts none of this project's code.
+
+``python tools/check_claims.py [PROJECT]`` finds every number that a claim in notebooks/*.ipynb
+names in its run's record, judges by data/claims.csv, and prints what ``python -m kdutils claims``
+prints. It says each fault in a sentence, and then exits with 1.
+"""
+
+import csv
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+WORDS = "reversed", "no effect", "inconclusive", "replicated, smaller", "replicated"  # by rank
+HOW = {"value": lambda a: a, "difference": lambda a, b: a - b, "ratio": lambda a, b: a / b}
+
+
+def inside(t, df):  # the chance that Student's t is within ±t: Abramowitz and Stegun, 26.7.3 and 4
+    angle, odd, terms = math.atan(t / math.sqrt(df)), df % 2, 0.0
+    term = math.sin(angle) * math.cos(angle) ** odd
+    for power in range(odd, df - 1, 2):
+        terms += term
+        term *= math.cos(angle) ** 2 * (power + 1) / (power + 2)
+    return 2 / math.pi * (angle + terms) if odd else terms
+
+
+def judge(row, kind, effect, values):  # the word's rank, lead over the bound, mean, low, high, p
+    scale, back = (math.log, math.exp) if row["unit"] == "ratio" else (float, float)
+    side = -1 if kind in ("below", "at most", "every below") else 1
+    bound, *top = map(float, row["bound"].split())
+    x, start, p = [scale(v) for v in values], scale(bound), None
+    centre, error, every = mean(x), stdev(x) / math.sqrt(len(x)), kind.startswith("every")
+    low, high = 0.0, 1e4  # around the t within which 95 % lie, halved until nothing is between
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if inside(middle, len(x) - 1) < 0.95 else (low, middle)
+    low, high = (min(x), max(x)) if every else (centre - high * error, centre + high * error)
+    near, far = sorted((side * (low - start), side * (high - start)))
+    if kind == "within":
+        near, far = min(near, scale(*top) - high), min(far, scale(*top) - low)
+    edge = near == 0 and kind in ("within", "at most", "at least")
+    rank = 4 if near > 0 or edge else 0 if far < 0 or (every and far == 0) else 2
+    if kind in ("above", "below"):
+        p = 1 - inside(abs(centre - start) / error, len(x) - 1) if error else centre == start
+        smaller, some = (scale(bound + side * float(d or 0)) for d in (effect, row["margin"]))
+        rank = 1 if rank == 2 and far < side * (some - start) else rank
+        rank = 3 if rank == 4 and far < side * (smaller - start) else rank
+    return rank, side * (centre - start), back(centre), back(low), back(high), p
+
+
+def faults(folder, part):
+    for seed, value in part["values"].items():
+        for key, path, number in part["from"][seed]:
+            try:
+                (record,) = [json.loads(file.read_text()) for file in folder.glob(f"*-{key}.json")]
+                made_of = [record[name] for name in ("study", "run", "version", "arguments")]
+                made = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+                at = [record["results"]]
+                for step in path.split("/"):
+                    every = [one for whole in at if step == "*" for one in whole]
+                    at = every or [x[int(step) if isinstance(x, list) else step] for x in at]
+                if not made.startswith(key) or number != (at if "*" in path else at[0]):
+                    raise ValueError
+            except (ValueError, LookupError, TypeError):
+                yield f"run {key} has no sound record with {number} as {path}."
+        numbers = [number for *_, number in part["from"][seed]]
+        if part["how"] in HOW and HOW[part["how"]](*numbers) != value:
+            yield f"seed {seed}'s {value} is not the {part['how']} of {numbers}."
+
+
+def main(root):
+    text, lines, ps, odd = (root / "data/claims.csv").read_text(encoding="utf-8"), {}, {}, set()
+    register = {row["id"]: row for row in csv.DictReader(text.splitlines())}
+    cells = [c for p in root.glob("notebooks/*.ipynb") for c in json.loads(p.read_text())["cells"]]
+    data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
+    rows = [row for one in data for row in one.get("application/vnd.kdutils.claims+json", [])]
+    stored = {row["id"]: row.get("parts", {}) for row in rows}
+    wrong = [f"claim {name}: stored, but not registered." for name in {*stored} - {*register}]
+    for name, row in register.items():
+        names, parts, seeds = row["parts"].split(";"), stored.get(name, {}), int(row["seeds"])
+        count, several, kind = row["kind"].removeprefix("all ").rpartition(" of ")
+        folder = root / "data/records" / row["study"]
+        texts = [text for part in parts.values() for text in faults(folder, part)]
+        odd |= {name for part in parts.values() if part["how"] not in HOW}
+        if {*names} != {*parts}:
+            texts.append(f"registered with parts {names}, but stored are {[*parts] or 'none'}.")
+        values = [[*parts.get(part, {"values": {}})["values"].values()] for part in names]
+        if any(len(x) > seeds for x in values):
+            texts.append(f"more seeds are stored than the {seeds} registered.")
+        wrong += [f"claim {name}: {text}" for text in texts]
+        lines[name] = f"{name:12} {'no verdict':19} {min(map(len, values))} of {seeds} seeds"
+        if {*map(len, values)} == {seeds}:
+            effects = row["effect"].split(";") * len(names)
+            found = [(*judge(row, kind, effects[k], x), names[k]) for k, x in enumerate(values)]
+            found.sort(key=lambda one: (-one[0], -one[1]))
+            place = int(count.split()[1]) - 1 if several else -1
+            rank, _, centre, low, high, p, part = found[place]
+            span = f"{centre:+.4f} [{low:+.4f}, {high:+.4f}]{part and f', {part}'}"
+            lines[name] = f"{name:12} {WORDS[rank]:19} {span}"
+            if p is not None:
+                p = sorted(one[5] for one in found)[place] * (len(names) if several else 1)
+                ps.setdefault(row["study"], []).append((min(1, p), name))
+    for of_study in ps.values():
+        passed = True
+        for k, (p, name) in enumerate(sorted(of_study)):
+            passed = passed and p <= 0.05 / (len(of_study) - k)
+            lines[name] += f", Holm: {'yes' if passed else 'no'}"
+    print(*wrong or lines.values(), sep="\n")
+    print("by a function of their notebook, not put together again:", *sorted(odd), file=sys.stderr)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path([*sys.argv, Path(__file__).parent.parent][1])))
