@@ -2,6 +2,7 @@
 
 import linecache
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -22,8 +23,11 @@ class NotebookFailed(RuntimeError):
 
 
 def studies() -> dict[str, Path]:
-    """Names of the studies, with their notebooks (``notebooks/<number>-<name>.ipynb``)."""
-    found = sorted(FOLDER.glob("[0-9]*-*.ipynb"))
+    """Names of the studies, with their notebooks (``notebooks/<number>-<name>.ipynb``).
+
+    A copy that somebody made beside them (``3-eskd-Copy1.ipynb``) is none.
+    """
+    found = [p for p in sorted(FOLDER.glob("*.ipynb")) if re.fullmatch("[0-9]+-[a-z]+", p.stem)]
     return {path.stem.partition("-")[2]: path for path in found}
 
 
@@ -92,7 +96,9 @@ def sync(study: str = "") -> list[Path]:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
-    sources = sorted(FOLDER.glob("*.md"), key=lambda path: (path.stem in OUTCOMES, path.stem))
+    texts = {path: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
+    sources = [path for path, text in texts.items() if "\nkernelspec:" in text]  # notes have none
+    sources.sort(key=lambda path: (path.stem in OUTCOMES, path.stem))
     if study:  # and the pages that read its claims
         named = [p for p in sources if study in (p.stem, p.stem.partition("-")[2])]
         if not named:
@@ -141,9 +147,16 @@ def procedure(study: str, given: dict) -> dict:
 
 
 def notice(study: Study) -> None:
-    """Say, where a study reads published records and there are none, that its page is empty."""
+    """Say that a page's records are elsewhere than in the repository, or that it has none."""
     from IPython.display import Markdown, display
 
-    if study.published and not any(study.published.glob("*.json")):
+    if not study.published:
+        return
+    here = any(study.published.glob("*.json"))
+    if study.published.resolve() != (PROJECT / "data" / "records" / study.name).resolve():
+        found = "the records" if here else "no record"
+        text = f"This page shows {found} of `{study.published}`, which `$KDUTILS_RECORDS` names."
+        display(Markdown(f"**{text}**"))
+    elif not here:
         text = "No run has been published yet, so tables and figures below are empty."
         display(Markdown(f"**{text}** The text and the code are complete and can be rerun."))

@@ -1,6 +1,7 @@
 """Records: what a run leaves behind, where it lies, what code made it, whether two agree."""
 
 import ast
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -169,29 +170,41 @@ def source_hash(function: Callable) -> str:
             rooms |= {name: node for name in names if name}
     while waiting:
         node, notebook = waiting.pop()
-        node = _without_docstrings(node)
-        if _shape(node) in reached:
+        shape, names, read = _facts(node)
+        if shape in reached:
             continue
-        reached[_shape(node)] = None
-        for name in _globals(node) & notebook.keys():
+        reached[shape] = None
+        for name in read & notebook.keys():
             other = getattr(notebook[name], "function", notebook[name])  # a run: its function
             if isinstance(other, types.FunctionType) and other.__module__ == function.__module__:
                 waiting.append((_definition(other), notebook))
             elif isinstance(other, CONSTANTS):
                 value = other.tolist() if isinstance(other, np.ndarray) else other
                 reached[f"{name} = {value!r}"] = None
-        for name in _names(node):
+        for name in names:
             whole = _tree(name) if name in WHOLE_ROOMS else None
             waiting += [(found, {}) for found in (rooms.get(name), whole) if found is not None]
     return hashlib.sha256("\n".join(sorted(reached)).encode()).hexdigest()
 
 
 def _tree(room: str) -> ast.Module:
-    return ast.parse((Path(__file__).parent / f"{room}.py").read_text())
+    return _parsed((Path(__file__).parent / f"{room}.py").read_text(encoding="utf-8"))
 
 
 def _definition(function: Callable) -> ast.AST:
-    return ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    return _parsed(textwrap.dedent(inspect.getsource(function))).body[0]
+
+
+@functools.cache
+def _parsed(text: str) -> ast.Module:
+    """The text's tree without docstrings: always the same object, to be read and not changed."""
+    return _without_docstrings(ast.parse(text))
+
+
+@functools.cache
+def _facts(node: ast.AST) -> tuple[str, set[str], set[str]]:
+    """What :func:`source_hash` asks of a node of a parsed text: its shape, names and globals."""
+    return _shape(node), _names(node), _globals(node)
 
 
 def _shape(part) -> str:

@@ -14,6 +14,12 @@ settings.register_profile("kdutils", deadline=None, derandomize=True, max_exampl
 settings.load_profile("kdutils")
 
 
+def pytest_configure():
+    """The user's settings are set aside, for the notebooks' kernels too."""
+    for name in [name for name in os.environ if name.startswith("KDUTILS_")]:
+        del os.environ[name]
+
+
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch, tmp_path_factory):
     """Datasets and runs of a test lie in a fresh folder; the user's are neither read nor touched.

@@ -36,19 +36,48 @@ FLAGS = [
 ]
 
 
+# What readers and their tools leave in a checkout, and what it is a copy of.
+LEFT_BEHIND = {
+    "mine.ipynb": f"{STUDY}.ipynb",  # papermill's output, named as our page on rerunning names it
+    "notebooks/3-eskd-Copy1.ipynb": f"{STUDY}.ipynb",  # Jupyter's "Duplicate"
+    "notebooks/.ipynb_checkpoints/3-eskd-checkpoint.ipynb": f"{STUDY}.ipynb",
+    "notes.md": "book/methods.md",
+    "notes [1].md": "book/methods.md",
+    "notebooks/notes.md": "book/methods.md",
+    "recordings/README.md": "book/methods.md",
+    "venv/lib/python3.12/site-packages/some/README.md": "book/methods.md",
+}
+
+
 @pytest.fixture(scope="module")
 def html(tmp_path_factory) -> Path:
-    """The folder of the book's pages, built from the working tree; a warning is an error."""
-    out = tmp_path_factory.mktemp("book")
-    command = [Path(sys.executable).parent / "jupyter-book", "build", PROJECT]
-    command += ["--path-output", out, "-W", "-n", "--keep-going"]
+    """The folder of the book's pages, built from the working tree; a warning is an error.
+
+    The tree is a copy of what the book is made from, and what people leave in theirs lies in it.
+    """
+    tree = tmp_path_factory.mktemp("book")
+    for name in ("book", "notebooks"):
+        shutil.copytree(PROJECT / name, tree / name, ignore=shutil.ignore_patterns(".*"))
+    for name in ("_config.yml", "_toc.yml"):
+        shutil.copy(PROJECT / name, tree)
+    for name, source in LEFT_BEHIND.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(PROJECT / source, tree / name)
+    command = [Path(sys.executable).parent / "jupyter-book", "build", tree]
+    command += ["-W", "-n", "--keep-going"]
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     if seconds > 60:
         warnings.warn(f"building the book took {seconds:.0f} s; it should take 60", stacklevel=1)
-    return out / "_build" / "html"
+    return tree / "_build" / "html"
+
+
+def test_the_book_has_the_pages_of_its_table_of_contents_and_no_others(html):
+    made = {str(path.relative_to(html).with_suffix("")) for path in html.rglob("*.html")}
+    ours = {name for name in made if not name.startswith("_static/")}
+    assert ours - {"index", "genindex", "search"} == set(PAGES)
 
 
 @pytest.fixture(scope="module")

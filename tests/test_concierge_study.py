@@ -1,5 +1,6 @@
 """Study 1: its losses head by head, its measures, its engines, and a folder of faces end to end."""
 
+import ast
 import math
 from types import SimpleNamespace
 
@@ -97,9 +98,7 @@ def test_the_records_of_this_study_name_the_code_that_drew_and_those_of_others_d
 
     def changed(room):
         found = tree(room)
-        if room == "scenes":
-            found.body.append(tree("files").body[-1])
-        return found
+        return ast.Module([*found.body, tree("files").body[-1]], []) if room == "scenes" else found
 
     monkeypatch.setattr(records, "_tree", changed)
     after = sources()

@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.md"))
+PAGES = re.findall(r"(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text(encoding="utf-8"))
+NOTEBOOKS = [ROOT / f"{page}.md" for page in PAGES if page.startswith("notebooks/")]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 # In parts, because the names must not stand in any file, this one included.
 REGISTRIES = [
@@ -47,11 +48,15 @@ def pins() -> dict[str, str]:
     return {canonicalize_name(found[1]): found[2] for found in split}
 
 
+def git(*words: str) -> list[Path]:
+    """The files that a git command lists, which ``-z`` lets end in zeros."""
+    listed = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=True).stdout
+    return [ROOT / name for name in listed.decode().split("\0") if name]
+
+
 def committed() -> list[Path]:
     """Files that git tracks or would track."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
-    paths = {ROOT / name for name in listed.decode().split("\0") if name}
+    paths = set(git("ls-files", "-z", "--cached", "--others", "--exclude-standard"))
     return sorted(path for path in paths if path.is_file())
 
 
@@ -108,9 +113,16 @@ def cells(notebook) -> list[tuple]:
 
 def test_pairs_are_complete():
     assert NOTEBOOKS
-    assert [p.stem for p in NOTEBOOKS] == sorted(
-        p.stem for p in (ROOT / "notebooks").glob("*.ipynb")
-    )
+    for path in NOTEBOOKS:
+        assert path.exists()
+        assert path.with_suffix(".ipynb").exists()
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git says which files belong here")
+def test_every_committed_notebook_is_a_page():
+    """What a reader made beside them, and did not commit, is left alone."""
+    stored = git("ls-files", "-z", "notebooks/*.ipynb", "notebooks/*.md")
+    assert {path.with_suffix(".md") for path in stored} == set(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import nbformat
@@ -96,6 +97,35 @@ def test_a_new_study_gets_its_notebook_and_a_failing_one_is_named(tmp_path, monk
     with pytest.raises(notebooks.NotebookFailed, match=r"9-new\.md: ZeroDivisionError"):
         notebooks.sync("new")
     assert made.read_text() == good
+
+
+def test_a_copy_beside_a_study_is_no_study_and_a_note_no_notebook(tmp_path, monkeypatch):
+    """Jupyter's "Duplicate" makes the first name, editors and people make the others."""
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    for name in ("3-eskd", "3-eskd-Copy1", "3-eskd (1)", "03-eskd.old", "eskd", "3-", "3-eskd~"):
+        nbformat.write(nbformat.v4.new_notebook(), tmp_path / f"{name}.ipynb")
+    assert notebooks.studies() == {"eskd": tmp_path / "3-eskd.ipynb"}
+    (tmp_path / "notes.md").write_text("# Mine\n")
+    assert notebooks.sync() == []
+    assert not (tmp_path / "notes.ipynb").exists()
+
+
+def test_a_page_whose_records_are_elsewhere_says_so_in_one_sentence(tmp_path, monkeypatch):
+    shown, study = [], partial(runs.Study, "eskd", scale="paper", train=False)
+    monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data))
+    monkeypatch.setenv("KDUTILS_RECORDS", str(ROOT / "data" / ".." / "data" / "records"))
+    notebooks.notice(study())
+    assert shown == []  # the repository's own, however they are named
+    monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path))
+    notebooks.notice(study())
+    (tmp_path / "eskd").mkdir()
+    (tmp_path / "eskd" / "teacher-0.json").write_text("{}")
+    notebooks.notice(study())
+    where = f"`{tmp_path / 'eskd'}`, which `$KDUTILS_RECORDS` names."
+    assert shown == [
+        f"**This page shows no record of {where}**",
+        f"**This page shows the records of {where}**",
+    ]
 
 
 @pytest.mark.parametrize("wrong", BAD)
@@ -206,6 +236,20 @@ def test_one_changed_digit_of_a_stored_output_is_found(study, tmp_path):
     assert run.returncode == 1, run.stdout
     assert "1 failed" in run.stdout
     assert "Cell execution caused an exception" not in run.stdout
+
+
+def test_neither_tests_nor_notebooks_follow_the_users_settings(tmp_path, monkeypatch):
+    """As `make test` calls them: tests and stored outputs in one go."""
+    for name in ("DATA", "RUNS", "RECORDS", "SOMETHING"):
+        monkeypatch.setenv(f"KDUTILS_{name}", str(tmp_path / "mine"))
+    source = "import os\nprint([name for name in os.environ if name.startswith('KDUTILS_')])"
+    output = nbformat.v4.new_output("stream", text="[]\n")
+    cell = nbformat.v4.new_code_cell(source, outputs=[output], execution_count=1)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "one.ipynb")
+    command = ["pytest", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
+    command += ["tests/test_house.py::test_workflows_exist", str(tmp_path / "one.ipynb")]
+    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    assert "2 passed" in run.stdout, run.stdout
 
 
 def test_verify_trains_a_published_run_again_and_finds_a_changed_digit(tmp_path, monkeypatch):
