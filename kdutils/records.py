@@ -21,7 +21,8 @@ from kdutils import data, files
 
 PROJECT = Path(__file__).parent.parent
 SOURCE_ROOMS = ("data", "losses", "metrics", "models", "pictures", "train")
-WHOLE_ROOMS = ("recordings", "scenes")  # counted whole, and only where the room itself is named
+PACKAGE = "concierge"  # rooms that lie in a folder of their own
+WHOLE_ROOMS = ("recordings", "scenes")  # its, counted whole, and only where the room is named
 CONSTANTS = (bool, int, float, str, tuple, list, dict, np.ndarray)  # of a notebook, hashed by value
 VERSIONS = ("lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
 
@@ -158,8 +159,9 @@ def source_hash(function: Callable) -> str:
     Covers the function, and whatever it and what it reaches call by name: functions and constants
     of its own module (a notebook), and definitions of the rooms that decide what a training does.
     So a room can grow without touching the hash of runs that do not use what is new. Rooms that
-    make data (``WHOLE_ROOMS``) count whole where they are named. What the notebook defines only
-    after the function is not seen: a test holds that no run needs it.
+    make data (``WHOLE_ROOMS``) count whole where they are named. Whether a room lies in the package
+    or beside it does not count. What the notebook defines only after the function is not seen: a
+    test holds that no run needs it.
     """
     reached, waiting = {}, [(_definition(function), function.__globals__)]
     rooms = {}
@@ -169,7 +171,7 @@ def source_hash(function: Callable) -> str:
             rooms |= {name: node for name in names if name}
     while waiting:
         node, notebook = waiting.pop()
-        node = _without_docstrings(node)
+        node = _plain(node)
         if _shape(node) in reached:
             continue
         reached[_shape(node)] = None
@@ -181,7 +183,7 @@ def source_hash(function: Callable) -> str:
                 value = other.tolist() if isinstance(other, np.ndarray) else other
                 reached[f"{name} = {value!r}"] = None
         for name in _names(node):
-            whole = _tree(name) if name in WHOLE_ROOMS else None
+            whole = _tree(f"{PACKAGE}/{name}") if name in WHOLE_ROOMS else None
             waiting += [(found, {}) for found in (rooms.get(name), whole) if found is not None]
     return hashlib.sha256("\n".join(sorted(reached)).encode()).hexdigest()
 
@@ -222,14 +224,36 @@ def _globals(tree: ast.AST) -> set[str]:
     return {n.id for n in names} - bound
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
+def _plain(tree: ast.AST) -> ast.AST:
+    """The tree without docstrings, its imports as if all our rooms lay side by side."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr):
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 body.pop(0)
+        if isinstance(body, list):
+            _side_by_side(body)
     return tree
+
+
+def _side_by_side(body: list) -> None:
+    """Import from the package as from kdutils, in the one order that ruff gives such imports.
+
+    Runs were published before the package was made; blocks without it stay as they are.
+    """
+    ours = [n for n in body if getattr(n, "module", None) and n.module.startswith("kdutils")]
+    if not any(node.module.startswith(f"kdutils.{PACKAGE}") for node in ours):
+        return
+    named = {}
+    for node in ours:
+        named.setdefault(node.module.replace(f".{PACKAGE}", "", 1), []).extend(node.names)
+    at = body.index(ours[0])
+    body[:] = [node for node in body if node not in ours]
+    body[at:at] = [
+        ast.ImportFrom(module, sorted(names, key=lambda alias: alias.name), 0)
+        for module, names in sorted(named.items())
+    ]
 
 
 def commit() -> str:

@@ -9,7 +9,8 @@ import test_recordings
 import torch
 import torch.nn.functional as F
 
-from kdutils import notebooks, records, scenes
+from kdutils import notebooks, records
+from kdutils.concierge import scenes
 from kdutils.parameters import ParameterError
 
 SHAPE = {"embedding": 8, "frames": 4, "size": 32}
