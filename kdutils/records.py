@@ -242,18 +242,16 @@ def _side_by_side(body: list) -> None:
 
     Runs were published before the package was made; blocks without it stay as they are.
     """
-    ours = [n for n in body if getattr(n, "module", None) and n.module.startswith("kdutils")]
-    if not any(node.module.startswith(f"kdutils.{PACKAGE}") for node in ours):
-        return
-    named = {}
-    for node in ours:
-        named.setdefault(node.module.replace(f".{PACKAGE}", "", 1), []).extend(node.names)
-    at = body.index(ours[0])
-    body[:] = [node for node in body if node not in ours]
-    body[at:at] = [
-        ast.ImportFrom(module, sorted(names, key=lambda alias: alias.name), 0)
-        for module, names in sorted(named.items())
-    ]
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module]
+    ours = [node for node in imports if node.module.startswith("kdutils")]
+    if any(PACKAGE in node.module for node in ours):
+        at, named = body.index(ours[0]), {}
+        for node in ours:
+            named.setdefault(node.module.replace(f".{PACKAGE}", ""), []).extend(node.names)
+        merged = [
+            ast.ImportFrom(m, sorted(named[m], key=lambda n: n.name), 0) for m in sorted(named)
+        ]
+        body[:] = [*body[:at], *merged, *(node for node in body[at:] if node not in ours)]
 
 
 def commit() -> str:
