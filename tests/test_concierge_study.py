@@ -98,7 +98,7 @@ def test_the_records_of_this_study_name_the_code_that_drew_and_those_of_others_d
 
     def changed(room):
         found = tree(room)
-        if room == "scenes":
+        if room == "concierge/scenes":
             found.body.append(tree("files").body[-1])
         return found
 
