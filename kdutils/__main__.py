@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 
 from kdutils import claims as claims_room
-from kdutils import concierge, data, notebooks, parameters, pictures, records, runs
+from kdutils import data, notebooks, parameters, pictures, records, runs
+from kdutils.concierge import program
 
 app = typer.Typer(
     help="Rerun the compendium's studies and read their records.",
@@ -19,16 +20,16 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Datasets: which there are, where they lie, getting them.")
 app.add_typer(data_app, name="data", no_args_is_help=True)
-app.add_typer(concierge.app, name="concierge", no_args_is_help=True)
+app.add_typer(program.app, name="concierge", no_args_is_help=True)
 
 Study = Annotated[str, typer.Argument(help="A study's name, e.g. eskd.")]
 EXPECTED = (
     claims_room.ClaimError,
-    concierge.TotemError,
     data.DataError,
     notebooks.NotebookFailed,
     notebooks.UnknownStudy,
     parameters.ParameterError,
+    program.TotemError,
     runs.RunFailed,
 )
 

@@ -22,7 +22,8 @@ from kdutils import data, files
 
 PROJECT = Path(__file__).parent.parent
 SOURCE_ROOMS = ("data", "losses", "metrics", "models", "pictures", "train")
-WHOLE_ROOMS = ("recordings", "scenes")  # counted whole, and only where the room itself is named
+PACKAGE = "concierge"  # rooms that lie in a folder of their own
+WHOLE_ROOMS = ("recordings", "scenes")  # its, counted whole, and only where the room is named
 CONSTANTS = (bool, int, float, str, tuple, list, dict, np.ndarray)  # of a notebook, hashed by value
 VERSIONS = ("lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
 
@@ -159,8 +160,9 @@ def source_hash(function: Callable) -> str:
     Covers the function, and whatever it and what it reaches call by name: functions and constants
     of its own module (a notebook), and definitions of the rooms that decide what a training does.
     So a room can grow without touching the hash of runs that do not use what is new. Rooms that
-    make data (``WHOLE_ROOMS``) count whole where they are named. What the notebook defines only
-    after the function is not seen: a test holds that no run needs it.
+    make data (``WHOLE_ROOMS``) count whole where they are named. Whether a room lies in the package
+    or beside it does not count. What the notebook defines only after the function is not seen: a
+    test holds that no run needs it.
     """
     reached, waiting = {}, [(_definition(function), function.__globals__)]
     rooms = {}
@@ -182,7 +184,7 @@ def source_hash(function: Callable) -> str:
                 value = other.tolist() if isinstance(other, np.ndarray) else other
                 reached[f"{name} = {value!r}"] = None
         for name in names:
-            whole = _tree(name) if name in WHOLE_ROOMS else None
+            whole = _tree(f"{PACKAGE}/{name}") if name in WHOLE_ROOMS else None
             waiting += [(found, {}) for found in (rooms.get(name), whole) if found is not None]
     return hashlib.sha256("\n".join(sorted(reached)).encode()).hexdigest()
 
@@ -197,8 +199,8 @@ def _definition(function: Callable) -> ast.AST:
 
 @functools.cache
 def _parsed(text: str) -> ast.Module:
-    """The text's tree without docstrings: always the same object, to be read and not changed."""
-    return _without_docstrings(ast.parse(text))
+    """The text's plain tree: always the same object, to be read and not changed."""
+    return _plain(ast.parse(text))
 
 
 @functools.cache
@@ -235,14 +237,34 @@ def _globals(tree: ast.AST) -> set[str]:
     return {n.id for n in names} - bound
 
 
-def _without_docstrings(tree: ast.AST) -> ast.AST:
+def _plain(tree: ast.AST) -> ast.AST:
+    """The tree without docstrings, its imports as if all our rooms lay side by side."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr):
             value = body[0].value
             if isinstance(value, ast.Constant) and isinstance(value.value, str):
                 body.pop(0)
+        if isinstance(body, list):
+            _side_by_side(body)
     return tree
+
+
+def _side_by_side(body: list) -> None:
+    """Import from the package as from kdutils, in the one order that ruff gives such imports.
+
+    Runs were published before the package was made; blocks without it stay as they are.
+    """
+    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module]
+    ours = [node for node in imports if node.module.startswith("kdutils")]
+    if any(PACKAGE in node.module for node in ours):
+        at, named = body.index(ours[0]), {}
+        for node in ours:
+            named.setdefault(node.module.replace(f".{PACKAGE}", ""), []).extend(node.names)
+        merged = [
+            ast.ImportFrom(m, sorted(named[m], key=lambda n: n.name), 0) for m in sorted(named)
+        ]
+        body[:] = [*body[:at], *merged, *(node for node in body[at:] if node not in ours)]
 
 
 def commit() -> str:

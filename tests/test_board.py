@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdutils import board, notebooks
+from kdutils import notebooks
+from kdutils.concierge import board
 from kdutils.files import sha256
 
 pytest.importorskip("onnxruntime", reason="engines are in the extra 'edge'")

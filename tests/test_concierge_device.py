@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from test_recordings import film
 
-from kdutils import concierge, files, notebooks, scenes
-from kdutils.concierge import People, Totem, TotemError
+from kdutils import files, notebooks
+from kdutils.concierge import program, scenes
+from kdutils.concierge.program import People, Totem, TotemError
 
 pytest.importorskip("av", reason="PyAV is in the extra 'edge'")
 pytest.importorskip("onnxruntime", reason="engines are in the extra 'edge'")
@@ -29,7 +30,7 @@ ALONE += (
 )
 
 
-def program(*words, code=0, start=PROGRAM):
+def run_program(*words, code=0, start=PROGRAM):
     command = [sys.executable, "-c", start, "concierge", *map(str, words)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == code, run.stdout + run.stderr
@@ -68,7 +69,7 @@ def videos(tmp_path):
 def test_a_person_is_enrolled_recognised_and_forgotten_without_pytorch(model, videos, tmp_path):
     base = tmp_path / "people.sqlite3"
     at, seen = ("--database", base), tmp_path / "seen.mp4"
-    light, each = partial(program, start=ALONE), ("--every", 1)
+    light, each = partial(run_program, start=ALONE), ("--every", 1)
     assert light("enrol", "Żaneta", videos[0], "--model", model, *at, *each).startswith(
         "Żaneta is enr"
     )
@@ -82,7 +83,7 @@ def test_a_person_is_enrolled_recognised_and_forgotten_without_pytorch(model, vi
         assert -1 <= line["cosine"] <= 1
         assert line["frames_a_second"] > 0
         assert line["person"] == ("Żaneta" if line["cosine"] > 0.999 else None)
-    assert len(list(concierge.clips(str(seen), 8, 32))) == 1  # every frame is in it
+    assert len(list(program.clips(str(seen), 8, 32))) == 1  # every frame is in it
     assert light("forget", "Żaneta", *at) == "Żaneta is forgotten\n"
     assert light("list", *at) == ""
     content = base.read_bytes()
@@ -123,7 +124,7 @@ def test_the_studys_files_find_and_refuse_people_that_training_never_saw_as_it_s
         for k in firsts:
             people.add(str(part.people[strangers[k]]), seen[k], totem.identity)
         names, gallery = people.gallery(totem.identity, setting["embedding"])
-    said = [concierge.recognised(one, names, gallery, totem.threshold)[0] for one in seen]
+    said = [program.recognised(one, names, gallery, totem.threshold)[0] for one in seen]
     own = [k for k in range(len(seen)) if not foreign[k] and k not in firsts]
     right = [said[k] == str(part.people[strangers[k]]) for k in own]
     let_in = [said[k] is not None for k in np.flatnonzero(foreign)]
@@ -151,13 +152,13 @@ def test_what_is_forgotten_leaves_no_bytes(tmp_path):
 
 def test_the_nearest_enrolled_person_is_taken_and_a_stranger_refused():
     gallery = np.eye(3)[:2]
-    assert concierge.recognised(np.array([0.6, 0.8, 0]), ["a", "b"], gallery, 0.7) == ("b", 0.8)
-    assert concierge.recognised(np.array([0, 0, 1.0]), ["a", "b"], gallery, 0.7) == (None, 0.0)
-    assert concierge.recognised(np.array([0, 0, 1.0]), [], gallery[:0], 0.7) == (None, -1.0)
+    assert program.recognised(np.array([0.6, 0.8, 0]), ["a", "b"], gallery, 0.7) == ("b", 0.8)
+    assert program.recognised(np.array([0, 0, 1.0]), ["a", "b"], gallery, 0.7) == (None, 0.0)
+    assert program.recognised(np.array([0, 0, 1.0]), [], gallery[:0], 0.7) == (None, -1.0)
 
 
 def test_the_clip_goes_in_as_in_training(model):
-    from kdutils import recordings
+    from kdutils.concierge import recordings
 
     found = scenes.draw([1], 1, seed=0, frames=4, size=32)
     pictures = recordings.side_by_side(found.clips)
@@ -174,8 +175,8 @@ def test_the_clip_goes_in_as_in_training(model):
 
 
 def test_a_clip_has_every_so_many_th_frame(videos):
-    (whole, _), (rest, _) = concierge.clips(str(videos[0]), 4, 32)
-    ((half, frames),) = concierge.clips(str(videos[0]), 4, 32, 2)
+    (whole, _), (rest, _) = program.clips(str(videos[0]), 4, 32)
+    ((half, frames),) = program.clips(str(videos[0]), 4, 32, 2)
     assert len(frames) == 8
     np.testing.assert_array_equal(half, np.concatenate([whole, rest])[::2])
 
@@ -227,7 +228,7 @@ def test_an_engine_that_cannot_be_had_is_said(model, monkeypatch):
         Totem(model, "tflite")
     with pytest.raises(TotemError, match=r"no engine can read .*: install openvino"):
         Totem(model, "openvino")  # there is no int8 file in this folder
-    monkeypatch.setattr(concierge, "find_spec", lambda name: None)
+    monkeypatch.setattr(program, "find_spec", lambda name: None)
     with pytest.raises(TotemError, match="install openvino or onnxruntime"):
         Totem(model)
 
@@ -312,7 +313,7 @@ def test_what_is_wrong_is_said_in_one_sentence(words, sentence, model, tmp_path)
             people.add("Ada", np.ones(4, "<f4"), "m")
     options = ["--database", tmp_path / "p.sqlite3"]
     options += ["--model", model] if words[0] != "forget" else []
-    assert program(*words, *options, code=2).startswith(f"kdutils: {sentence}")
+    assert run_program(*words, *options, code=2).startswith(f"kdutils: {sentence}")
 
 
 def test_a_name_twice_a_short_video_and_no_model_are_refused(model, tmp_path):
@@ -324,13 +325,13 @@ def test_a_name_twice_a_short_video_and_no_model_are_refused(model, tmp_path):
             people.add(" ", np.ones(4, "<f4"), "m")
     film(tmp_path / "short.mp4", np.zeros((3, 64, 64, 3), np.uint8))
     with pytest.raises(TotemError, match=r"short\.mp4 has 3 frames; a clip needs 4"):
-        list(concierge.clips(str(tmp_path / "short.mp4"), 4, 32))
+        list(program.clips(str(tmp_path / "short.mp4"), 4, 32))
     with pytest.raises(TotemError, match=r"short\.mp4 has 3 frames; a clip needs 24"):
-        list(concierge.clips(str(tmp_path / "short.mp4"), 4, 32, 6))
+        list(program.clips(str(tmp_path / "short.mp4"), 4, 32, 6))
     with pytest.raises(TotemError, match="no model on this machine"):
-        concierge.newest()
+        program.newest()
 
 
 @pytest.mark.parametrize("command", ["enrol", "recognise", "forget", "list"])
 def test_every_command_has_help(command):
-    assert "Usage" in program(command, "--help")
+    assert "Usage" in run_program(command, "--help")

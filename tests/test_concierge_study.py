@@ -10,7 +10,8 @@ import test_recordings
 import torch
 import torch.nn.functional as F
 
-from kdutils import notebooks, records, scenes
+from kdutils import notebooks, records
+from kdutils.concierge import scenes
 from kdutils.parameters import ParameterError
 
 SHAPE = {"embedding": 8, "frames": 4, "size": 32}
@@ -98,7 +99,9 @@ def test_the_records_of_this_study_name_the_code_that_drew_and_those_of_others_d
 
     def changed(room):
         found = tree(room)
-        return ast.Module([*found.body, tree("files").body[-1]], []) if room == "scenes" else found
+        if room != "concierge/scenes":
+            return found
+        return ast.Module([*found.body, tree("files").body[-1]], [])
 
     monkeypatch.setattr(records, "_tree", changed)
     after = sources()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdutils import recordings, scenes
+from kdutils.concierge import recordings, scenes
 from kdutils.data import DataError
 
 YALE = Path(__file__).parent.parent.parent / "shared" / "data" / "yalefaces"

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdutils import scenes
-from kdutils.scenes import EMOTIONS, UNITS
+from kdutils.concierge import scenes
+from kdutils.concierge.scenes import EMOTIONS, UNITS
 
 
 def test_the_same_seeds_give_these_bytes_on_every_machine():

@@ -7,7 +7,6 @@ know how networks are trained.
 
 import json
 import sqlite3
-import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ import numpy as np
 import typer
 
 from kdutils import files
-from kdutils.board import ENGINES
+from kdutils.concierge.board import ENGINES
 
 KEYS = ("frames", "size", "emotions", "heads", "threshold", "files")
 HEADS = ("emotion", "face", "embedding")
@@ -367,10 +366,3 @@ def list_people(database: Database = PEOPLE):
     with People(database) as people:
         for name in people.names():
             print(name)
-
-
-if __name__ == "__main__":  # on a device, where the rest of kdutils' libraries may be absent
-    try:
-        app()
-    except (TotemError, OSError) as error:
-        sys.exit(f"kdutils: {error}")

@@ -16,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kdutils import data, files, scenes
+from kdutils import data, files
+from kdutils.concierge import scenes
+from kdutils.concierge.scenes import EMOTIONS
 from kdutils.data import DataError
-from kdutils.scenes import EMOTIONS
 
 COLUMNS = ("clip", "emotion", "cx", "cy", "w", "h", "registered")
 PICTURES = (".png", ".jpg", ".jpeg")
