@@ -355,40 +355,46 @@ class Parts(NamedTuple):
     test: Batches
 
 
-# What an epoch does to a picture; see :class:`Batches`.
-AUGMENTATIONS = {
+def parts(name: str, *, validation: int, batch_size: int, seed: int, device="cpu") -> Parts:
+    """Training batches augmented by ``seed``, ``validation`` held-out images, and the test set."""
+    dataset = load(name)
+    kept, held = dataset.split(validation)
+    x, y = dataset.x_train, dataset.y_train
+    common = {"statistics": dataset.statistics, "device": device}
+    return Parts(
+        Batches(x[kept], y[kept], batch_size=batch_size, seed=seed, **common),
+        whole(x[held], y[held], **common),
+        whole(dataset.x_test, dataset.y_test, **common),
+    )
+
+
+AUGMENTATIONS = {  # what an epoch does to a picture, see Batches
     "crops and flips": {"pad": 4, "flip": True},
     "flips": {"pad": 0, "flip": True},
     "none": {"pad": 0, "flip": False},
 }
 
 
-def parts(
-    name: str,
-    *,
-    validation: int,
-    batch_size: int,
-    seed: int,
-    augmentation: str = "crops and flips",
-    device="cpu",
-) -> Parts:
-    """Training batches augmented by ``seed``, ``validation`` held-out images, and the test set.
+def image_parts(name: str, augmentation: str, **options) -> Parts:
+    """:func:`parts` whose training batches are augmented in one of the ways of AUGMENTATIONS.
 
     Raises ValueError naming the allowed values when ``augmentation`` is not one of them.
     """
     if augmentation not in AUGMENTATIONS:
         known = ", ".join(AUGMENTATIONS)
         raise ValueError(f"unknown augmentation {augmentation!r}; augmentations: {known}")
-    dataset = load(name)
-    kept, held = dataset.split(validation)
-    x, y = dataset.x_train, dataset.y_train
-    common = {"statistics": dataset.statistics, "device": device}
-    options = AUGMENTATIONS[augmentation] | {"batch_size": batch_size, "seed": seed}
-    return Parts(
-        Batches(x[kept], y[kept], **options, **common),
-        whole(x[held], y[held], **common),
-        whole(dataset.x_test, dataset.y_test, **common),
+    found, dataset = parts(name, **options), load(name)
+    kept, _ = dataset.split(options["validation"])
+    shown = Batches(
+        dataset.x_train[kept],
+        dataset.y_train[kept],
+        statistics=dataset.statistics,
+        batch_size=options["batch_size"],
+        seed=options["seed"],
+        device=found.train.device,
+        **AUGMENTATIONS[augmentation],
     )
+    return found._replace(train=shown)
 
 
 def thirds(labels: np.ndarray, seed: int) -> list[np.ndarray]:
