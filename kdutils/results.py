@@ -15,8 +15,9 @@ class Found:
     """A value a seed, and the numbers in records that it was made of.
 
     ``values`` is indexed by seed. ``sources`` holds, for each seed, triples of a run's key, a
-    field of its results (a path such as ``history/9/test_accuracy``; ``*`` stands for all) and the
-    number found there. ``how`` is ``value``, ``difference``, ``ratio`` or a function's name.
+    field of its results or arguments (a path such as ``history/9/test_accuracy``; ``*`` stands for
+    all) and the number found there. ``how`` is ``value``, ``difference``, ``ratio`` or a function's
+    name.
     """
 
     values: pd.Series

@@ -56,7 +56,7 @@ def faults(folder, part):
                 (record,) = [json.loads(file.read_text()) for file in folder.glob(f"*-{key}.json")]
                 made_of = [record[name] for name in ("study", "run", "version", "arguments")]
                 made = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
-                at = [record["results"]]
+                at = [record["arguments"] | record["results"]]
                 for step in path.split("/"):
                     every = [one for whole in at if step == "*" for one in whole]
                     at = every or [x[int(step) if isinstance(x, list) else step] for x in at]
