@@ -3,6 +3,7 @@
 A frame is what :meth:`runs.Study.map` returns: one row a run and epoch, with the run's ``key``.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -70,17 +71,36 @@ def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
     if rows.seed.duplicated().any():
         twice = rows.seed[rows.seed.duplicated()].iloc[0]
         raise ValueError(f"seed {twice} has several runs; name what sets them apart ({chosen})")
+    found = {row.seed: _at(row, path, frame) for _, row in rows.iterrows()}
+    values = {seed: float(value) for seed, (value, _) in found.items()}
+    return Found(pd.Series(values), {seed: [source] for seed, (_, source) in found.items()})
+
+
+def _at(row: pd.Series, path: str, frame: pd.DataFrame) -> tuple:
+    """What ``path`` leads to in a row of the frame, and where it stands in the run's record."""
     column, *rest = path.split("/")
+    value = row[column]
+    for name in rest:
+        value = value[int(name)] if isinstance(value, list) else value[name]
     in_history = column in frame.attrs.get("history", [])
+    field = f"history/{int(row.epoch) - 1}/{path}" if in_history else path
+    return value, (row.key, field, getattr(value, "item", lambda: value)())
+
+
+def of_rows(function: Callable[..., float], frame: pd.DataFrame, by: str, *paths: str) -> Found:
+    """``function`` of a list for each path, over the last epoch's rows that ``by`` has in common.
+
+    For what is judged over settings: ``by``, a column of numbers, takes the seed's place. Paths are
+    those of :func:`final` and may lead to lists. What is not finite drops.
+    """
     values, sources = {}, {}
-    for _, row in rows.iterrows():
-        value = row[column]
-        for name in rest:
-            value = value[int(name)] if isinstance(value, list) else value[name]
-        field = f"history/{row.epoch - 1}/{path}" if in_history else path
-        values[row.seed] = float(value)
-        sources[row.seed] = [(row.key, field, getattr(value, "item", lambda value=value: value)())]
-    return Found(pd.Series(values), sources)
+    rows = frame.loc[frame.groupby("key").epoch.idxmax()] if len(frame) else frame
+    for name, group in rows.groupby(by) if len(rows) else ():
+        every = [[_at(row, path, frame) for _, row in group.iterrows()] for path in paths]
+        value = round(float(function(*([v for v, _ in one] for one in every))), 10)
+        if math.isfinite(value):
+            values[name], sources[name] = value, [s for one in every for _, s in one]
+    return Found(pd.Series(values, dtype=float), sources, function.__name__)
 
 
 def curve(frame: pd.DataFrame, column: str = "test_accuracy", **chosen) -> dict[int, tuple]:

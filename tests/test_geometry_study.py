@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
-from kdutils import losses, metrics, models, notebooks, parameters, records, verdicts
+from kdutils import losses, metrics, models, notebooks, parameters, records
 
 TERMS = ("logit", "feature", "geometric", "rkd", "sp", "cc", "moving", "rbf", "fixed")
 seeds = st.integers(0, 2**32 - 1)
@@ -270,26 +270,12 @@ def test_clusters_that_are_classes_score_one(procedure_names):
     assert found == {"nmi": pytest.approx(1), "ari": pytest.approx(1)}
 
 
-def test_two_of_three_decide(procedure_names):
-    made = {
-        word: verdicts.Verdict(value, value, value, 3, word)
-        for word, value in (
-            (verdicts.REPLICATED, 1.0),
-            (verdicts.INCONCLUSIVE, 0.1),
-            (verdicts.NOT_REPLICATED, -1.0),
-        )
-    }
-    yes, maybe, no = made.values()
-    second_best = procedure_names["second_best"]
-    for three, expected in (
-        ([yes, yes, no], yes),
-        ([no, yes, yes], yes),
-        ([yes, maybe, no], maybe),
-        ([no, no, yes], no),
-        ([maybe, yes, maybe], maybe),
-        ([yes, yes, verdicts.NO_RECORD], verdicts.NO_RECORD),
-    ):
-        assert second_best(three) == expected
+def test_losses_start_higher_by_the_least_and_end_as_far_apart_as_the_farthest(procedure_names):
+    alone, logit, feature = [3.0, 1.0], [3.5, 0.9], [3.25, 1.3]
+    assert procedure_names["starts_higher"](alone, logit, feature) == pytest.approx(0.25)
+    assert procedure_names["ends_close"](alone, logit, feature) == pytest.approx(0.1 - 0.3)
+    assert procedure_names["ends_close"](alone, logit, alone) == pytest.approx(0.0)
+    assert procedure_names["starts_higher"](alone, [2.0, 1.0], feature) == -1
 
 
 # Runs, tiny
@@ -360,23 +346,6 @@ def test_the_second_teacher_is_worse_by_what_was_asked_where_one_is(procedure):
     lengths = pd.Series({3: 0.30, 4: 0.41, 5: 0.39, 6: 0.45})
     assert procedure["length_of"](lengths, 0.44) == 5
     assert procedure["length_of"](lengths, 0.2) == 3
-
-
-@pytest.mark.parametrize(
-    ("behind", "expected"),
-    [
-        ([-0.05, -0.04, -0.06], verdicts.REPLICATED),
-        ([-0.05, 0.04, -0.06], verdicts.INCONCLUSIVE),
-        ([0.05, 0.04, 0.06], verdicts.INCONCLUSIVE),
-        ([], verdicts.INCONCLUSIVE),
-    ],
-)
-def test_what_a_worse_teacher_gives_is_judged_only_if_it_is_worse(procedure, behind, expected):
-    gained = verdicts.verdict([0.01, 0.011, 0.012])
-    found = procedure["only_if_worse"](gained, verdicts.verdict(behind, "< 0"))
-    assert found.verdict == expected
-    assert found.estimate == gained.estimate
-    assert procedure["only_if_worse"](verdicts.NO_RECORD, gained) == verdicts.NO_RECORD
 
 
 WRONG = {

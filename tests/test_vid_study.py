@@ -7,13 +7,14 @@ import sys
 
 import jupytext
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from kdutils import losses, models, notebooks, parameters
+from kdutils import losses, models, notebooks, parameters, results
 from kdutils.runs import Run
 
 PAIR = {"teacher": "convtiny", "network": "convverytiny", "seed": 0}
@@ -246,6 +247,52 @@ def test_tpe_learns_from_earlier_batches_and_only_from_those(names):
     assert proposed(10, 10, [(v, -a) for v, a in seen]) != proposed(10, 10, seen)
 
 
+# ------------------------------------------------------------------------- the third layer
+
+
+def settings(weights, accuracies):
+    """Rows as a study's ``map`` gives them: two epochs a setting, the first of no account."""
+    rows = [
+        {"key": f"k{n}", "trial": n, "epoch": e, "weights": w, "validation_accuracy": a * (e - 1)}
+        for n, (w, a) in enumerate(zip(weights, accuracies, strict=True))
+        for e in (1, 2)
+    ]
+    frame = pd.DataFrame(rows)
+    frame.attrs["history"] = ["epoch", "validation_accuracy"]
+    return frame
+
+
+def test_the_third_layers_lead_is_over_the_strongest_other(names):
+    layers = np.array([0.1, 0.6, 0.9, 0.2, 0.4])
+    first = (layers[:, None] + [-0.1, 0.1, 0, 0, 0]).tolist()  # the mean over links is the layer's
+    second = np.tile(layers[::-1, None], 5).tolist()
+    found = results.of_rows(
+        names["lead"], settings([first, second], [0.5, 0.6]), "trial", "weights"
+    )
+    assert found.how == "lead"
+    assert found.values.to_dict() == {0: 0.3, 1: 0.3}
+    assert found.sources == {0: [("k0", "weights", first)], 1: [("k1", "weights", second)]}
+    weak = settings([np.tile([[0.5], [0], [0.25], [1], [0]], 5).tolist()], [0.5])
+    assert results.of_rows(names["lead"], weak, "trial", "weights").values[0] == -0.75
+
+
+def test_the_third_layers_weight_is_ranked_within_each_quarter(names):
+    thirds, accuracies = [0.1, 0.9, 0.3, 0.2, 0.2, 0.1], [0.5, 0.6, 0.7, 0.4, 0.6, 0.8]
+    weights = [[[1.0] * 5] * 2 + [[third] * 5] + [[0.0] * 5] * 2 for third in thirds]
+    frame = settings(weights, accuracies)
+    frame["quarter"] = frame.trial % 2  # ranks 1 3 2 by 1 3 2, and 3 2 1 by 2 1 3
+    both = ("weights/2", "validation_accuracy")
+    found = results.of_rows(names["rank_correlation"], frame, "quarter", *both)
+    assert found.values.to_dict() == {0: 1, 1: pytest.approx(-0.5)}
+    assert found.sources[0][:1] == [("k0", "weights/2", [0.1] * 5)]
+    assert found.sources[0][3:] == [
+        (f"k{n}", "history/1/validation_accuracy", accuracies[n]) for n in (0, 2, 4)
+    ]
+    few = results.of_rows(names["rank_correlation"], frame[frame.trial < 4], "quarter", *both)
+    assert not len(few.values), "two settings have no rank correlation"
+    assert not len(results.of_rows(names["lead"], pd.DataFrame(), "trial", "weights").values)
+
+
 # ------------------------------------------------------------------------- learned λ
 
 
@@ -441,4 +488,4 @@ assert "optuna" not in sys.modules
         env={**os.environ, "KDUTILS_RECORDS": str(tmp_path)},
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    assert "vid-7 no record yet" in run.stdout
+    assert "vid-7: no verdict" in run.stdout
