@@ -129,6 +129,21 @@ def of_curves(function: Callable[..., float], *curves: dict[int, tuple]) -> Foun
     return Found(pd.Series(values, dtype=float), sources, function.__name__)
 
 
+def made_of(function: Callable[..., float], *founds: Found) -> Found:
+    """``function`` of one number for each of the founds, seed by seed; its name says how.
+
+    For what is neither a difference nor a ratio of two. Seeds that one of them lacks drop.
+    """
+    seeds = set.intersection(*(set(found.values.index) for found in founds))
+    values = {
+        s: round(float(function(*(found.values[s] for found in founds))), 10) for s in sorted(seeds)
+    }
+    sources = {s: [source for found in founds for source in found.sources[s]] for s in values}
+    inner = {found.how for found in founds if len(found.values)} - {"value"}
+    name = " of ".join([function.__name__, *sorted(inner)])
+    return Found(pd.Series(values, dtype=float), sources, name)
+
+
 def chosen(held: Mapping[str, Found], test: Mapping[str, Found]) -> tuple[Found, dict[int, str]]:
     """For each seed, the candidate that is best on held-out pictures in the *other* seeds.
 

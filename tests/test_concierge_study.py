@@ -5,12 +5,13 @@ import math
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import test_recordings
 import torch
 import torch.nn.functional as F
 
-from kdutils import notebooks, records
+from kdutils import notebooks, records, results
 from kdutils.concierge import scenes
 from kdutils.parameters import ParameterError
 
@@ -321,6 +322,42 @@ def test_engines_give_the_networks_answers_on_drawn_clips(study, tmp_path):
         assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.95
         lengths = np.linalg.norm(found[:, study["layout"]("multimodal", 5, 8)["embedding"]], axis=1)
         np.testing.assert_allclose(lengths, 1, atol=1e-5)  # else its cosines are none
+
+
+# What claims are made of
+
+
+def test_times_and_temperatures_come_to_what_they_do_by_hand(study):
+    assert study["three_over_one"](1.0, 2.0, 3.0, 4.0) == 1.5
+    assert study["over_slowest"](6.0, 1.0, 4.0, 2.0) == 1.5
+    assert study["doublings"](16.0, 4.0) == 2
+    accuracies = dict.fromkeys(study["p"].temperatures, 0.5)
+    assert study["best_tried"](*accuracies.values()) == 1  # of equal ones the lowest
+    accuracies |= {4.0: 0.8, 16.0: 0.8}
+    assert study["best_tried"](*accuracies.values()) == 4
+
+
+def test_what_is_made_of_records_says_where_its_numbers_stand(study):
+    runs = {0: ("a", [1.0, 2.0]), 1: ("b", [2.0, 4.0])}
+    frame = pd.DataFrame(
+        [
+            {"key": key, "seed": seed, "milliseconds": {"m": [0.0, one, 9.0], "e": [0.0, two, 9.0]}}
+            for seed, (key, (one, two)) in runs.items()
+        ]
+    )
+    whole, part = (results.final(frame, f"milliseconds/{name}/1") for name in "me")
+    found = results.made_of(study["over_slowest"], whole, part, part)
+    assert found.how == "over_slowest"
+    assert found.values.to_dict() == {0: 0.5, 1: 0.5}
+    assert found.sources[1] == [
+        ("b", "milliseconds/m/1", 2.0),
+        ("b", "milliseconds/e/1", 4.0),
+        ("b", "milliseconds/e/1", 4.0),
+    ]
+    fewer = results.final(frame[frame.seed == 1], "milliseconds/e/1")
+    assert results.made_of(study["over_slowest"], whole, fewer).values.to_dict() == {1: 0.5}
+    assert results.made_of(study["over_slowest"], whole, whole - part).how.endswith("of difference")
+    assert not len(results.made_of(study["over_slowest"], whole, results.NOTHING).values)
 
 
 # The page
