@@ -85,6 +85,16 @@ class Parameters(BaseModel):
             raise ParameterError(_sentence(error.errors(), list(cls.model_fields))) from None
 
 
+class OfStudy(Parameters):
+    """What every study's notebook asks for, beside its own sizes."""
+
+    scale: Scale
+    seeds: Annotated[list[Whole], NotEmpty, Distinct]
+    train_missing: bool
+    engine: Engine
+    threads: Count
+
+
 def unknown(name: str, known: list[str]) -> str:
     """A sentence saying that the parameter does not exist, which it may have meant, and all."""
     near = difflib.get_close_matches(name, known, 1)
