@@ -82,7 +82,7 @@ def _at(row: pd.Series, path: str, frame: pd.DataFrame) -> tuple:
     value = row[column]
     for name in rest:
         value = value[int(name)] if isinstance(value, list) else value[name]
-    in_history = column in frame.attrs.get("history", [])
+    in_history = "epoch" in row and column in frame.attrs.get("history", [])
     field = f"history/{int(row.epoch) - 1}/{path}" if in_history else path
     return value, (row.key, field, getattr(value, "item", lambda: value)())
 

@@ -10,11 +10,16 @@ import hashlib
 import json
 import math
 import sys
+from decimal import Decimal  # numbers as they are written: two may be one float
 from pathlib import Path
 from statistics import mean, stdev
 
 WORDS = "reversed", "no effect", "inconclusive", "replicated, smaller", "replicated"  # by rank
 HOW = {"value": lambda a: a, "difference": lambda a, b: a - b, "ratio": lambda a, b: a / b}
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
 
 
 def inside(t, df):  # the chance that Student's t is within ±t: Abramowitz and Stegun, 26.7.3 and 4
@@ -30,15 +35,14 @@ def judge(row, kind, effect, values):  # the word's rank, lead over the bound, m
     scale, back = (math.log, math.exp) if row["unit"] == "ratio" else (float, float)
     side = -1 if kind in ("below", "at most", "every below") else 1
     bound, *top = map(float, row["bound"].split())
-    x, start, p = [scale(v) for v in values], scale(bound), None
-    centre, error, every = mean(x), stdev(x) / math.sqrt(len(x)), kind.startswith("every")
+    x, start, limit = [scale(v) for v in values], scale(bound), scale(*top) if top else math.inf
+    centre, error, every, p = mean(x), stdev(x) / math.sqrt(len(x)), kind[:5] == "every", None
     low, high = 0.0, 1e4  # around the t within which 95 % lie, halved until nothing is between
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if inside(middle, len(x) - 1) < 0.95 else (low, middle)
     low, high = (min(x), max(x)) if every else (centre - high * error, centre + high * error)
     near, far = sorted((side * (low - start), side * (high - start)))
-    if kind == "within":
-        near, far = min(near, scale(*top) - high), min(far, scale(*top) - low)
+    near, far = min(near, limit - high), min(far, limit - low)
     edge = near == 0 and kind in ("within", "at most", "at least")
     rank = 4 if near > 0 or edge else 0 if far < 0 or (every and far == 0) else 2
     if kind in ("above", "below"):
@@ -53,9 +57,10 @@ def faults(folder, part):
     for seed, value in part["values"].items():
         for key, path, number in part["from"][seed]:
             try:
-                (record,) = [json.loads(file.read_text()) for file in folder.glob(f"*-{key}.json")]
+                (record,) = map(read, folder.glob(f"*-{key}.json"))
                 made_of = [record[name] for name in ("study", "run", "version", "arguments")]
-                made = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+                text = json.dumps(made_of, sort_keys=True, default=float)
+                made = hashlib.sha256(text.encode()).hexdigest()
                 at = [record["arguments"] | record["results"]]
                 for step in path.split("/"):
                     every = [one for whole in at if step == "*" for one in whole]
@@ -63,16 +68,17 @@ def faults(folder, part):
                 if not made.startswith(key) or number != (at if "*" in path else at[0]):
                     raise ValueError
             except (ValueError, LookupError, TypeError):
-                yield f"run {key} has no sound record with {number} as {path}."
-        numbers = [number for *_, number in part["from"][seed]]
-        if part["how"] in HOW and HOW[part["how"]](*numbers) != value:
-            yield f"seed {seed}'s {value} is not the {part['how']} of {numbers}."
+                yield f"no sound record of run {key} has the {path} of seed {seed}."
+        if how := HOW.get(part["how"]):
+            numbers = [float(number) for *_, number in part["from"][seed]]
+            if Decimal(repr(how(*numbers))) != value:
+                yield f"seed {seed}'s {value} is not the {part['how']} of {numbers}."
 
 
 def main(root):
     text, lines, ps, odd = (root / "data/claims.csv").read_text(encoding="utf-8"), {}, {}, set()
     register = {row["id"]: row for row in csv.DictReader(text.splitlines())}
-    cells = [c for p in root.glob("notebooks/*.ipynb") for c in json.loads(p.read_text())["cells"]]
+    cells = [c for p in root.glob("notebooks/*.ipynb") for c in read(p)["cells"]]
     data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
     rows = [row for one in data for row in one.get("application/vnd.kdutils.claims+json", [])]
     stored = {row["id"]: row.get("parts", {}) for row in rows}
@@ -80,12 +86,11 @@ def main(root):
     for name, row in register.items():
         names, parts, seeds = row["parts"].split(";"), stored.get(name, {}), int(row["seeds"])
         count, several, kind = row["kind"].removeprefix("all ").rpartition(" of ")
-        folder = root / "data/records" / row["study"]
-        texts = [text for part in parts.values() for text in faults(folder, part)]
+        texts = [t for p in parts.values() for t in faults(root / "data/records" / row["study"], p)]
         odd |= {name for part in parts.values() if part["how"] not in HOW}
         if {*names} != {*parts}:
             texts.append(f"registered with parts {names}, but stored are {[*parts] or 'none'}.")
-        values = [[*parts.get(part, {"values": {}})["values"].values()] for part in names]
+        values = [[*map(float, parts.get(n, {"values": {}})["values"].values())] for n in names]
         if any(len(x) > seeds for x in values):
             texts.append(f"more seeds are stored than the {seeds} registered.")
         wrong += [f"claim {name}: {text}" for text in texts]
