@@ -5,6 +5,10 @@ SCALE ?= smoke
 ENGINE ?=
 PYTHON ?= python3
 BIN := .venv/bin
+CORES = $(shell getconf _NPROCESSORS_ONLN)
+STUDIES = $(or $(STUDY),$(patsubst notebooks/params/%.smoke.yaml,%,$(wildcard notebooks/params/*.smoke.yaml)))
+# The notebooks that are pages; others may lie beside them.
+PAGES = $(shell sed -n 's|.*: \(notebooks/.*\)|\1.ipynb|p' _toc.yml)
 
 .DEFAULT_GOAL := help
 .PHONY: help reproduce env test book serve sync bench
@@ -13,11 +17,14 @@ help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
 	@echo "variables: STUDY=eskd (all if left out) SCALE=smoke|laptop|paper ENGINE=... PYTHON=python3"
 
+# Smallest runs are serial, so as many studies run side by side as there are cores, and the book.
 reproduce: env ## rerun the studies, build the book, say where both are
-	$(BIN)/python -m kdutils run $(STUDY) --scale $(SCALE) $(if $(ENGINE),--engine $(ENGINE))
-	$(MAKE) --no-print-directory book
+	@$(MAKE) --no-print-directory $(if $(filter smoke,$(SCALE)),-j $(CORES)) book $(STUDIES:%=rerun-%)
 	@echo "The rerun notebooks: $(CURDIR)/_build/notebooks/"
 	@echo "The book:            $(CURDIR)/_build/html/index.html"
+
+rerun-%: env
+	$(BIN)/python -m kdutils run $* --scale $(SCALE) $(if $(ENGINE),--engine $(ENGINE))
 
 env: .venv/.stamp ## make the environment in .venv, once
 
@@ -29,8 +36,8 @@ env: .venv/.stamp ## make the environment in .venv, once
 	@touch $@
 
 test: env ## run every test: unit, house, notebooks, book, stored outputs
-	$(BIN)/python -m pytest tests
-	$(BIN)/python -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks/*.ipynb
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup \
+		--nbval --nbval-current-env --nbval-cell-timeout=600 tests $(PAGES)
 
 book: env ## build the book from the notebooks' stored outputs
 	$(BIN)/jupyter-book build . -W -n --keep-going

@@ -20,6 +20,18 @@ def pytest_configure():
         del os.environ[name]
 
 
+# Long tests, each of which sets up its own: several workers share these files.
+DIVIDED = {"test_notebooks.py", "test_runs.py"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Other files go to one worker each, for what they set up; so do a notebook's cells."""
+    for item in items:
+        if item.path.name not in DIVIDED:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(autouse=True)
 def own_folders(monkeypatch, tmp_path_factory):
     """Datasets and runs of a test lie in a fresh folder; the user's are neither read nor touched.
