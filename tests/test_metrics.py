@@ -91,3 +91,12 @@ def test_logits_of_low_precision_are_measured_in_single_precision():
     logits = logits.to(torch.bfloat16)
     found = metrics.classification(logits, labels)
     assert found["nll"] == pytest.approx(float(F.cross_entropy(logits.double(), labels)), rel=1e-5)
+
+
+def test_fidelity_is_agreement_and_the_divergence_from_the_teacher():
+    teacher, student = np.log([[0.7, 0.2, 0.1], [0.1, 0.8, 0.1]]), np.log([[0.6, 0.3, 0.1]] * 2)
+    found = metrics.fidelity(torch.tensor(student), torch.tensor(teacher))
+    p, q = np.exp(teacher), np.exp(student)
+    assert found["agreement"] == 0.5
+    assert found["kl"] == pytest.approx(special.rel_entr(p, q).sum(1).mean(), abs=1e-6)
+    assert metrics.fidelity(torch.tensor(teacher), torch.tensor(teacher))["kl"] == pytest.approx(0)

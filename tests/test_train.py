@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from kdutils import data, models, train
+from kdutils import data, metrics, models, train
 
 
 @pytest.fixture(autouse=True)
@@ -181,3 +181,23 @@ def test_precision_is_recorded_as_used():
     expected = torch.ops.mkldnn._is_mkldnn_bf16_supported() or torch.cuda.is_available()
     assert used["precision"] == ("bf16-mixed" if expected else "32-true")
     assert used["threads"] == 1
+
+
+def test_a_classifier_is_measured_on_held_out_and_test_pictures_after_every_epoch():
+    images = data.parts("digits", validation=200, batch_size=50, seed=0)
+    model = models.build("convnet", classes=10, seed=0, widths=(8, 16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    history = train.fit_classifier(
+        model,
+        images,
+        lambda model, batch: cross_entropy(model(batch.images), batch.labels),
+        also=lambda logits: {"rows": len(logits)},
+        epochs=2,
+        optimizer=optimizer,
+    )
+    assert [row["epoch"] for row in history] == [1, 2]
+    for part in ("validation", "test"):
+        batches = getattr(images, part)
+        found = metrics.classification(train.predict(model, batches), batches.labels)
+        assert {f"{part}_{k}": v for k, v in found.items()}.items() <= history[-1].items()
+    assert history[-1]["rows"] == len(images.test.labels)
