@@ -61,6 +61,8 @@ class Study:
         self._scratch = tempfile.TemporaryDirectory() if scale == "smoke" else None
         self.folder = Path(self._scratch.name) if self._scratch else self._own_folder()
         self.published = None if self._scratch else records.published_folder() / name
+        if self.train:
+            files.sweep(self.folder, "*/*.partial")
 
     def run(self, function: Callable | None = None, *, version: int = 1):
         """Make ``function(run, **arguments)`` a run: computed once, afterwards read.
@@ -255,6 +257,7 @@ class RunFunction:
         folder = self.folder(arguments)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
+            files.sweep(folder)
             content, path = records.read(folder / "record.json"), folder / needs
             expected = content["weights"].get(needs) if content else None
             if expected and path.exists() and files.sha256(path) != expected:

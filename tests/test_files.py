@@ -83,6 +83,48 @@ def test_a_process_killed_while_writing_leaves_the_old_content_alone(path, funct
     assert path.read_text() == "the old content"
     left = set(os.listdir(path.parent)) - {"record.json"}
     assert all(name.endswith(".partial") for name in left)  # which git does not see
+    files.sweep(path.parent)
+    assert os.listdir(path.parent) == ["record.json"]
+
+
+def test_sweeping_leaves_a_living_owners_files_and_anothers_until_they_are_old(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = files.owner().replace(str(os.getpid()), str(ended.pid))
+    owners = {
+        "living": files.owner(),
+        "dead": dead,
+        "elsewhere": f"{'0' * 8}-{ended.pid}",
+        "nameless": "1234",
+    }
+    paths = {name: tmp_path / f"{name}.{who}-1.partial" for name, who in owners.items()}
+    for path in [*paths.values(), tmp_path / "record.json"]:
+        path.touch()
+    (tmp_path / f"folder.{dead}-1.partial").mkdir()
+    (tmp_path / f"folder.{dead}-1.partial" / "socket").touch()
+    files.sweep(tmp_path)
+    kept = {path.name.partition(".")[0] for path in tmp_path.iterdir()}
+    assert kept == {"living", "elsewhere", "nameless", "record"}
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    files.sweep(tmp_path, hours=10**6)
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == kept
+    files.sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_a_killed_process_that_nobody_waited_for_has_ended(tmp_path):
+    code = "from kdutils import files; print(files.owner(), flush=True); input()"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], **options) as process:
+        partial = tmp_path / f"record.json.{process.stdout.readline().strip()}-1.partial"
+        partial.touch()
+        files.sweep(tmp_path)
+        assert partial.exists()
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        files.sweep(tmp_path)
+        assert not partial.exists()
 
 
 def test_the_content_is_on_disk_before_it_takes_the_name(monkeypatch, path):

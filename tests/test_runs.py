@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     return tmp_path
 
 
@@ -198,6 +198,26 @@ def test_killed_at_a_random_step_a_run_ends_as_if_it_had_not_been(folders, monke
         for weights, digest in content["weights"].items():
             assert files.sha256(path.parent / weights) == digest
     assert records.timeless(contents[0]) == records.timeless(contents[1]), f"killed at step {step}"
+
+
+def test_what_a_killed_process_was_writing_is_swept_when_a_run_begins(folders):
+    killed = train_in_a_process(folders / "runs", kill_at=45)
+    assert killed.wait() == -signal.SIGKILL
+    owner = files.owner().replace(f"-{os.getpid()}", f"-{killed.pid}")
+    (folder,) = (folders / "runs" / "tiny").iterdir()
+    (folder / f"e2.safetensors.{owner}-1.partial").touch()
+    (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
+    tiny_study(train=False)  # reading leaves alone what it does not own
+    assert len(list(folder.glob("*.partial"))) == 2
+    assert train_in_a_process(folders / "runs").wait() == 0
+    assert not list(folder.glob("*.partial"))
+    _, network = tiny_study()
+    (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
+    network.compute({"seed": 0})  # as a worker does, whose study began elsewhere
+    assert not list(folder.glob("*.partial"))
+    (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
+    tiny_study()  # though this run has its record, and is never computed again
+    assert not list(folder.glob("*.partial"))
 
 
 def test_two_processes_that_want_one_run_share_one_result(folders):
