@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -371,7 +371,8 @@ def _contents(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[d
 
         backend = "loky" if study.engine == "processes" else "sequential"
         spread = joblib.Parallel(_workers(study), backend, return_as="generator_unordered")
-        yield from spread(joblib.delayed(_compute)(run, arguments) for arguments in missing)
+        here = os.getpid()
+        yield from spread(joblib.delayed(_compute)(run, arguments, here) for arguments in missing)
         return
     from dask.distributed import Client, as_completed
 
@@ -381,7 +382,9 @@ def _contents(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[d
         yield from (content for _, content in as_completed(futures, with_results=True))
 
 
-def _compute(run: RunFunction, arguments: dict) -> dict:
+def _compute(run: RunFunction, arguments: dict, parent: int | None = None) -> dict:
+    if parent not in (None, os.getpid()):
+        _end_with(parent)
     if "MALLOC_TRIM_THRESHOLD_" in os.environ and sys.platform == "linux":
         # Dask has its workers give freed memory back at once. That is each step's: it would be
         # faulted in anew, page by page, and two workers would wait for one kernel.
@@ -389,3 +392,15 @@ def _compute(run: RunFunction, arguments: dict) -> dict:
             ctypes.CDLL(None).mallopt(option, value)
     with _ONE_AT_A_TIME:
         return run.compute(arguments).content
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """Have this worker end when its parent has, be it killed: nobody waits for what it computes."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
