@@ -91,12 +91,10 @@ def run(
 
 
 def _parameter(text: str) -> tuple[str, object]:
-    import yaml
-
     name, equals, value = text.partition("=")
     if not equals:
         raise parameters.ParameterError(f"-p takes name=value, not {text!r}.")
-    return name, yaml.safe_load(value)
+    return name, parameters.from_yaml(value, f"-p {text}")
 
 
 @data_app.command("list")

@@ -38,6 +38,9 @@ def studies() -> dict[str, Path]:
     A copy that somebody made beside them (``3-eskd-Copy1.ipynb``) is none.
     """
     found = [p for p in sorted(FOLDER.glob("*.ipynb")) if re.fullmatch("[0-9]+-[a-z]+", p.stem)]
+    if not found:
+        why = "install kdutils from a clone of the compendium, with pip install -e ."
+        raise UnknownStudy(f"no studies in {FOLDER}: {why}")
     return {path.stem.partition("-")[2]: path for path in found}
 
 
@@ -45,17 +48,16 @@ def find(study: str) -> Path:
     """The notebook of a study; raises :class:`UnknownStudy` naming those that exist."""
     known = studies()
     if study not in known:
-        raise UnknownStudy(f"unknown study {study!r}; studies: {', '.join(known) or 'none'}")
+        raise UnknownStudy(f"unknown study {study!r}; studies: {', '.join(known)}")
     return known[study]
 
 
 def scale_parameters(study: str, scale: str) -> dict:
     """The parameters in ``notebooks/params/<study>.<scale>.yaml``."""
-    import yaml
-
     if scale not in SCALES:
         raise parameters.ParameterError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}.")
-    return yaml.safe_load((FOLDER / "params" / f"{study}.{scale}.yaml").read_text())
+    path = FOLDER / "params" / f"{study}.{scale}.yaml"
+    return parameters.from_yaml(path.read_text(encoding="utf-8"), path.name)
 
 
 def run(study: str, given: dict, output: Path) -> Path:
@@ -64,7 +66,6 @@ def run(study: str, given: dict, output: Path) -> Path:
     Names of parameters are checked before a kernel starts, values by the notebook's second cell.
     """
     import papermill
-    from nbclient.exceptions import DeadKernelError
 
     path = find(study)
     known = list(papermill.inspect_notebook(path))
@@ -84,8 +85,6 @@ def run(study: str, given: dict, output: Path) -> Path:
             )
         except papermill.PapermillExecutionError as error:
             raise NotebookFailed(f"{error.ename}: {error.evalue} (see {output})") from None
-        except DeadKernelError:
-            raise NotebookFailed(f"{DIED} (see {output})") from None
     return output
 
 
@@ -127,6 +126,10 @@ def _kernel() -> Iterator[type]:
     except KeyboardInterrupt:  # nobody will ask what became of the cell
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise
+    except RuntimeError as error:  # nbclient's or jupyter_client's
+        if str(error).startswith("Kernel died"):
+            raise NotebookFailed(DIED) from None
+        raise
     finally:
         for process in started:
             _end(process)
@@ -167,7 +170,7 @@ def sync(study: str = "") -> list[Path]:
     import nbformat
     from jupytext.combine import combine_inputs_with_outputs
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
+    from nbclient.exceptions import CellExecutionError
 
     texts = {path: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
     sources = [path for path, text in texts.items() if "\nkernelspec:" in text]  # notes have none
@@ -177,6 +180,8 @@ def sync(study: str = "") -> list[Path]:
         if not named:
             find(study)
         sources = [p for p in sources if p in named or p.stem in OUTCOMES]
+    elif not sources:
+        studies()
     paths = [path.with_suffix(".ipynb") for path in sources]
     for path in paths:
         notebook = jupytext.read(path.with_suffix(".md"))
@@ -189,13 +194,17 @@ def sync(study: str = "") -> list[Path]:
                 notebook, record_timing=False, resources=resources, kernel_manager_class=kernel
             )
             try:
-                client.execute()
+                with client.setup_kernel():  # client.execute() would take signals for itself
+                    told = client.wait_for_reply(client.kc.kernel_info())["content"]
+                    notebook.metadata["language_info"] = told["language_info"]
+                    for number, cell in enumerate(notebook.cells):
+                        client.execute_cell(
+                            cell, number, execution_count=client.code_cells_executed + 1
+                        )
+                    client.set_widgets_metadata()
+                why = _figures_missing(notebook)
             except CellExecutionError as error:
                 why = f"{error.ename}: {error.evalue}"
-            except DeadKernelError:
-                why = DIED
-            else:
-                why = _figures_missing(notebook)
         if why:
             raise NotebookFailed(f"{path.with_suffix('.md').name}: {why}")
         files.write(path, nbformat.writes(notebook) + "\n")
@@ -205,9 +214,9 @@ def sync(study: str = "") -> list[Path]:
 def _figures_missing(notebook) -> str:
     """A sentence naming the cells that promise a figure and show none; empty if there are none.
 
-    Where the page says that runs have no record yet, nothing can be promised.
+    Where a page says that runs have no record yet, nothing can be promised.
     """
-    if any("no record yet" in str(cell.get("outputs")) for cell in notebook.cells):
+    if any("runs have no record yet" in str(cell.get("outputs")) for cell in notebook.cells):
         return ""
     names = [
         str(cell.metadata.mystnb.figure.get("name"))

@@ -25,6 +25,7 @@ import pandas as pd
 from kdutils import files, records
 
 SCALES = ("smoke", "laptop", "paper")
+KILLED = "a worker was killed, most often for want of memory; what is finished is kept"
 _ONE_AT_A_TIME = threading.Lock()  # a process has one random state and one number of threads
 
 
@@ -368,11 +369,15 @@ def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Rec
 def _contents(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[dict]:
     if study.engine in ("serial", "processes"):
         import joblib
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         backend = "loky" if study.engine == "processes" else "sequential"
         spread = joblib.Parallel(_workers(study), backend, return_as="generator_unordered")
         here = os.getpid()
-        yield from spread(joblib.delayed(_compute)(run, arguments, here) for arguments in missing)
+        try:
+            yield from spread(joblib.delayed(_compute)(run, a, here) for a in missing)
+        except TerminatedWorkerError:
+            raise RunFailed(KILLED) from None
         return
     from dask.distributed import Client, as_completed
 

@@ -1,5 +1,6 @@
 """`kdutils run` stopped, killed, started in odd places: one sentence, nothing left, it goes on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,10 +9,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import jupytext
 import nbformat
 import psutil
 import pytest
+from nbclient import NotebookClient
 from nbformat import v4
+
+from kdutils import notebooks
 
 PARAMETERS = """epochs = 1
 lr = 0.1
@@ -93,7 +98,7 @@ def leftovers(kind: str) -> list[Path]:
     return list(Path(where[kind]).rglob(kind))
 
 
-def wait_until(condition, seconds=60.0):
+def wait_until(condition, seconds=240.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
@@ -104,12 +109,12 @@ def test_stopped_and_killed_it_leaves_nothing_behind_and_goes_on(folder):
     partials = set()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         process = start(folder, TINY_WRITES="600")
-        wait_until(lambda: len(set(leftovers("*.partial")) - partials) == 2)
+        wait_until(lambda old=partials: len(set(leftovers("*.partial")) - old) == 2)
         partials = set(leftovers("*.partial"))
         below = psutil.Process(process.pid).children(recursive=True)
         assert len(below) >= 3, "a kernel and its two workers"
         process.send_signal(signum)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=240)[1]
         if signum == signal.SIGKILL:
             assert process.returncode == -signum
             wait_until(lambda below=below: not any(map(alive, below)))
@@ -133,3 +138,130 @@ def alive(process: psutil.Process) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+# In Jupyter, through papermill, with the user's own settings
+
+
+def test_a_parameter_is_changed_in_one_kernel_whatever_the_startup_files_say(
+    folder, monkeypatch, tmp_path
+):
+    startup = tmp_path / "ipython" / "profile_default" / "startup"
+    startup.mkdir(parents=True)
+    (startup / "own.py").write_text("DEBUG = True\n", encoding="utf-8")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    changed = PARAMETERS.replace("epochs = 1", "epochs = 2")
+    again = [changed, CHECK, changed.replace("2", "3"), CHECK, "print(p.epochs, DEBUG, early)"]
+    study(folder, PARAMETERS, CHECK, "early = 3", *again)
+    notebook = nbformat.read(folder / "9-tiny.ipynb", as_version=4)
+    NotebookClient(notebook).execute()
+    assert notebook.cells[-1].outputs[0].text == "3 True 3\n"
+
+
+def test_papermill_by_hand_stops_at_a_misspelling(folder):
+    study(folder, PARAMETERS, CHECK)
+    command = [sys.executable, "-m", "papermill", "9-tiny.ipynb", "out.ipynb", "-p"]
+    done = subprocess.run([*command, "epocs", "3"], cwd=folder, capture_output=True)
+    assert done.returncode == 1
+    assert b"ParameterError: unknown parameter 'epocs'; did you mean 'epochs'?" in done.stderr
+    subprocess.run([*command, "epochs", "3"], cwd=folder, capture_output=True, check=True)
+
+
+@pytest.mark.parametrize("name", notebooks.studies())
+def test_every_study_can_be_given_its_parameters_again(name):
+    """As in Jupyter: its own names are no parameters."""
+    from IPython.core.interactiveshell import InteractiveShell
+
+    cells = nbformat.read(notebooks.find(name), as_version=4).cells
+    tagged = [c for c in cells if {"parameters", "define"} & set(c.metadata.get("tags", []))]
+    shell = InteractiveShell()
+    for cell in [*tagged, *tagged[:2]]:
+        shell.run_cell(cell.source, store_history=True).raise_error()
+
+
+def test_figures_are_kept_whatever_the_environment_says_and_missed_where_they_are_not(
+    folder, monkeypatch
+):
+    monkeypatch.setattr(notebooks, "FOLDER", folder)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    study(folder, PARAMETERS, CHECK, FIGURE)
+    path = folder / "9-tiny.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[-1].metadata["mystnb"] = {"figure": {"name": "fig-tiny"}}
+    jupytext.write(notebook, path.with_suffix(".md"), fmt="md:myst")
+    notebooks.sync("tiny")
+    shown = nbformat.read(path, as_version=4)
+    assert "image/png" in shown.cells[-1].outputs[0].data
+    notebook.cells[-1].source = "2"
+    jupytext.write(notebook, path.with_suffix(".md"), fmt="md:myst")
+    with pytest.raises(notebooks.NotebookFailed, match="picture came out of the cell of fig-tiny"):
+        notebooks.sync("tiny")
+    assert nbformat.read(path, as_version=4) == shown
+    print_it = "print('writing: 2 of 2 runs have no record yet')"
+    notebook.cells[-1].source = print_it  # then there is nothing to draw
+    jupytext.write(notebook, path.with_suffix(".md"), fmt="md:myst")
+    notebooks.sync("tiny")
+
+
+# One sentence each
+
+
+def test_a_kernel_killed_for_memory_is_one_sentence(folder):
+    study(folder, PARAMETERS, CHECK, "import os\nos.kill(os.getpid(), 9)")
+    assert "kernel was killed, most often for want of memory" in last_line(folder)
+    assert leftovers("kd-*") == []
+
+
+def test_a_worker_killed_for_memory_is_one_sentence(folder):
+    killing = RUN.replace("import os, time", "import os; os.kill(os.getpid(), 9)")
+    study(folder, PARAMETERS, CHECK, killing)
+    assert "a worker was killed, most often for want of memory" in last_line(folder)
+
+
+def test_another_kernel_of_the_same_name_and_a_long_temporary_folder_do_no_harm(folder, tmp_path):
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    other = {"argv": ["/bin/false"], "display_name": "", "language": "python"}
+    (spec / "kernel.json").write_text(json.dumps(other), encoding="utf-8")
+    long = tmp_path / ("long" * 25)
+    long.mkdir()
+    study(folder, PARAMETERS, CHECK)
+    environment = {"JUPYTER_PATH": str(spec.parent.parent), "TMPDIR": str(long)}
+    last_line(folder, code=0, **environment)
+    assert os.listdir(long) == []
+
+
+def test_what_yaml_cannot_read_is_named_and_powers_of_ten_are_numbers(folder):
+    study(folder, PARAMETERS, CHECK)
+    said = last_line(folder, "-p", "seeds=[0, 1")
+    assert said.startswith("kdutils: -p seeds=[0, 1: not a value in YAML")
+    last_line(folder, "-p", "lr=1e-3", code=0)
+    assert "lr = 0.001" in str(nbformat.read(folder / "out" / "9-tiny.smoke.ipynb", 4).cells)
+    (folder / "params" / "tiny.smoke.yaml").write_text("epochs: [1\n", encoding="utf-8")
+    assert "tiny.smoke.yaml: not a value in YAML" in last_line(folder)
+
+
+def test_a_folder_that_cannot_be_written_says_what_helps(folder):
+    (folder / "file").touch()
+    said = last_line(folder, "--output", str(folder / "file" / "out"))
+    assert said.endswith("(Not a directory): --output takes another folder")
+
+
+def test_where_there_are_no_notebooks_a_sentence_says_so(tmp_path):
+    command = [sys.executable, "-c", KDUTILS, str(tmp_path)]
+    for words in (["run"], ["run", "eskd"], ["sync"]):
+        done = subprocess.run([*command, *words], capture_output=True, encoding="utf-8")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"kdutils: no studies in {tmp_path}: ")
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_engine_that_is_not_installed_is_named(folder, tmp_path):
+    study(folder, PARAMETERS, CHECK)
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "sitecustomize.py").write_text(
+        "import sys\nsys.modules['distributed'] = sys.modules['dask'] = None\n", encoding="utf-8"
+    )
+    path = f"{tmp_path / 'hidden'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    said = last_line(folder, "--engine", "dask", PYTHONPATH=path)
+    assert "parameter engine is 'dask': it needs the extra `cluster`" in said
