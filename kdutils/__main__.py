@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -219,6 +220,7 @@ def claims(
 
 def main():
     """Run the command line; what a user can mend is said in one sentence."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without our letters
     try:
         app()
     except Stopped as error:

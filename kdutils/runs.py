@@ -277,7 +277,7 @@ class RunFunction:
         torch.set_num_threads(self.study.threads)
         made_with = records.made_with(train.device_description()) | {"source": self.source}
         text, begun_with = json.dumps(made_with, indent=1), folder / "made_with.json"
-        if not begun_with.exists() or begun_with.read_text() != text:
+        if not begun_with.exists() or begun_with.read_text(encoding="utf-8") != text:
             for path in folder.glob("*.safetensors"):  # other bits would follow: begin again
                 path.unlink()
         files.write(begun_with, text)

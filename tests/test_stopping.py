@@ -16,7 +16,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import v4
 
-from kdutils import notebooks
+from kdutils import notebooks, records
 
 PARAMETERS = """epochs = 1
 lr = 0.1
@@ -265,3 +265,70 @@ def test_an_engine_that_is_not_installed_is_named(folder, tmp_path):
     path = f"{tmp_path / 'hidden'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     said = last_line(folder, "--engine", "dask", PYTHONPATH=path)
     assert "parameter engine is 'dask': it needs the extra `cluster`" in said
+
+
+# Locales, other repositories
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0"}  # the strictest locale: no letter beyond ASCII
+HASHES = """import json
+from kdutils import notebooks, runs
+
+found = {}
+for study in notebooks.studies():
+    names = notebooks.procedure(study, {"scale": "smoke", "train_missing": False})
+    kinds = [value for value in names.values() if isinstance(value, runs.RunFunction)]
+    found |= {f"{study}-{run.name}": run.source for run in kinds}
+print(json.dumps(found))
+"""
+
+
+def test_the_locale_changes_no_source_hash():
+    options = {"capture_output": True, "encoding": "utf-8", "check": True}
+    command = [sys.executable, "-c", HASHES]
+    here = subprocess.run(command, **options).stdout
+    assert json.loads(here)
+    assert subprocess.run(command, env=os.environ | ASCII, **options).stdout == here
+
+
+def test_a_notebook_runs_and_claims_are_said_in_any_locale(folder):
+    study(folder, "# α − β\n" + PARAMETERS, CHECK, 'print("α", p.lr)')
+    last_line(folder, code=0, **ASCII)
+    path = folder / "out" / "9-tiny.smoke.ipynb"
+    assert nbformat.read(path, as_version=4).cells[-1].outputs[0].text == "α 0.1\n"
+    command = [sys.executable, "-m", "kdutils", "claims"]
+    for words in ([], ["--json"]):
+        subprocess.run([*command, *words], env=os.environ | ASCII, check=True, capture_output=True)
+
+
+def git(*words, cwd):
+    own = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b.c"}
+    own |= {"GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b.c"}
+    options = {"capture_output": True, "encoding": "utf-8", "check": True}
+    return subprocess.run(["git", *words], cwd=cwd, env=os.environ | own, **options).stdout.strip()
+
+
+def test_a_record_names_the_projects_own_commit_or_none(tmp_path, monkeypatch):
+    other, project = tmp_path / "other", tmp_path / "other" / "project"
+    (project / "kdutils").mkdir(parents=True)
+    (project / "kdutils" / "code.py").touch()
+    monkeypatch.setattr(records, "PROJECT", project)
+    assert records.commit() == "unknown"
+    for folder in (other, tmp_path):
+        git("init", "-q", cwd=folder)
+        git("commit", "-q", "--allow-empty", "-m", "another's", cwd=folder)
+    assert records.commit() == "unknown", "unpacked inside another repository"
+    git("add", ".", cwd=other)
+    git("commit", "-q", "-m", "even if it keeps it", cwd=other)
+    assert records.commit() == "unknown"
+    git("init", "-q", cwd=project)
+    git("add", ".", cwd=project)
+    git("commit", "-q", "-m", "its own", cwd=project)
+    head = git("rev-parse", "HEAD", cwd=project)
+    assert records.commit() == head
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    assert records.commit() == head
+    (project / "kdutils" / "code.py").write_text("changed", encoding="utf-8")
+    assert records.commit() == head + "+changes"
