@@ -2,7 +2,10 @@
 
 import json
 import random
+import signal
+import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +37,37 @@ EXPECTED = (
 )
 
 
+class Stopped(Exception):
+    """Ctrl-C, SIGTERM or a closed terminal ended a command; its argument is the signal's number."""
+
+
+@contextmanager
+def stoppable():
+    """Let signals end what runs inside as an error does, so that it ends what it started."""
+    received = []
+
+    def stop(signum, _):
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    signals = [getattr(signal, n, signal.SIGINT) for n in ("SIGINT", "SIGTERM", "SIGHUP")]
+    before = {s: signal.getsignal(s) for s in signals}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, stop)
+    try:
+        yield
+    except BaseException:
+        if received:  # whatever came of it on the way here
+            raise Stopped(received[0]) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 @app.command()
+@stoppable()
 def run(
     study: Annotated[str, typer.Argument(help="A study's name; all studies if left out.")] = "",
     scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")] = "smoke",
@@ -59,12 +92,10 @@ def run(
 
 
 def _parameter(text: str) -> tuple[str, object]:
-    import yaml
-
     name, equals, value = text.partition("=")
     if not equals:
         raise parameters.ParameterError(f"-p takes name=value, not {text!r}.")
-    return name, yaml.safe_load(value)
+    return name, parameters.from_yaml(value, f"-p {text}")
 
 
 @data_app.command("list")
@@ -128,6 +159,7 @@ def publish(
 
 
 @app.command()
+@stoppable()
 def verify(
     study: Study,
     sample: Annotated[int, typer.Option(min=1, help="How many records, drawn at random.")] = 1,
@@ -165,6 +197,7 @@ def verify(
 
 
 @app.command()
+@stoppable()
 def sync(
     study: Annotated[str, typer.Argument(help="A study's name; all notebooks if left out.")] = "",
 ):
@@ -187,8 +220,14 @@ def claims(
 
 def main():
     """Run the command line; what a user can mend is said in one sentence."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without our letters
     try:
         app()
+    except Stopped as error:
+        typer.echo(
+            "kdutils: stopped; what is finished is kept, and the same command goes on", err=True
+        )
+        raise SystemExit(128 + error.args[0]) from None
     except EXPECTED as error:
         typer.echo(f"kdutils: {error}", err=True)
         raise SystemExit(2) from None

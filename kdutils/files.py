@@ -2,7 +2,12 @@
 
 import hashlib
 import os
+import platform
+import re
+import shutil
 import time
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import platformdirs
@@ -18,7 +23,7 @@ def write(path: Path, content: bytes | str) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = content.encode() if isinstance(content, str) else content
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{time.monotonic_ns()}.partial")
+    partial = path.with_name(f"{path.name}.{owner()}-{time.monotonic_ns()}.partial")
     try:
         with open(partial, "xb") as file:
             file.write(content)
@@ -28,6 +33,46 @@ def write(path: Path, content: bytes | str) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def owner() -> str:
+    """This process, as it stands in the names of what it must not leave behind."""
+    return f"{_machine()}-{os.getpid()}"
+
+
+@cache
+def _machine() -> str:
+    """Eight digits for this machine since it was started, and the container it numbers for."""
+    try:
+        where = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8")
+        where += os.readlink("/proc/self/ns/pid")
+    except OSError:  # a system without /proc
+        where = platform.node()
+    return hashlib.sha256(where.encode()).hexdigest()[:8]
+
+
+def sweep(folder: Path, pattern: str = "*.partial", hours: float = 1) -> None:
+    """Remove the files and folders of this pattern whose :func:`owner` has ended.
+
+    Of an owner on another machine that cannot be known, nor where another process has its number
+    by now; what has not changed for so many ``hours`` goes all the same.
+    """
+    for path in Path(folder).glob(pattern):
+        named = re.match(r".*([0-9a-f]{8})-(\d+)-", path.name)
+        ended = named and named[1] == _machine() and not _lives(int(named[2]))
+        with suppress(OSError):  # another process swept it
+            if ended or time.time() - path.stat().st_mtime > hours * 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return b") Z " not in Path(f"/proc/{pid}/stat").read_bytes()  # killed, not yet waited for
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
 
 
 def sha256(path: Path) -> str:

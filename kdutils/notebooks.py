@@ -1,9 +1,15 @@
 """Studies as notebooks: where they are, running one, its procedure alone."""
 
 import linecache
+import logging
 import os
 import re
+import shutil
+import signal
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kdutils import files, parameters
@@ -12,6 +18,10 @@ from kdutils.runs import SCALES, Study
 
 FOLDER = PROJECT / "notebooks"
 OUTCOMES = ("index", "verdicts")  # pages that read what the studies' pages store; synced last
+DIED = (
+    "the notebook's kernel was killed, most often for want of memory; what is finished is kept, "
+    "and the same command goes on"
+)
 
 
 class UnknownStudy(ValueError):
@@ -28,6 +38,9 @@ def studies() -> dict[str, Path]:
     A copy that somebody made beside them (``3-eskd-Copy1.ipynb``) is none.
     """
     found = [p for p in sorted(FOLDER.glob("*.ipynb")) if re.fullmatch("[0-9]+-[a-z]+", p.stem)]
+    if not found:
+        why = "install kdutils from a clone of the compendium, with pip install -e ."
+        raise UnknownStudy(f"no studies in {FOLDER}: {why}")
     return {path.stem.partition("-")[2]: path for path in found}
 
 
@@ -35,17 +48,16 @@ def find(study: str) -> Path:
     """The notebook of a study; raises :class:`UnknownStudy` naming those that exist."""
     known = studies()
     if study not in known:
-        raise UnknownStudy(f"unknown study {study!r}; studies: {', '.join(known) or 'none'}")
+        raise UnknownStudy(f"unknown study {study!r}; studies: {', '.join(known)}")
     return known[study]
 
 
 def scale_parameters(study: str, scale: str) -> dict:
     """The parameters in ``notebooks/params/<study>.<scale>.yaml``."""
-    import yaml
-
     if scale not in SCALES:
         raise parameters.ParameterError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}.")
-    return yaml.safe_load((FOLDER / "params" / f"{study}.{scale}.yaml").read_text())
+    path = FOLDER / "params" / f"{study}.{scale}.yaml"
+    return parameters.from_yaml(path.read_text(encoding="utf-8"), path.name)
 
 
 def run(study: str, given: dict, output: Path) -> Path:
@@ -60,27 +72,91 @@ def run(study: str, given: dict, output: Path) -> Path:
     for name in given:
         if name not in known:
             raise parameters.ParameterError(parameters.unknown(name, known))
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(
-            path, output, given, cwd=PROJECT, kernel_manager_class=_local_kernel()
-        )
-    except papermill.PapermillExecutionError as error:
-        raise NotebookFailed(f"{error.ename}: {error.evalue} (see {output})") from None
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.touch()
+    except OSError as error:
+        why = f"{output} cannot be written ({error.strerror}): --output takes another folder"
+        raise NotebookFailed(why) from None
+    with _kernel() as kernel:
+        try:
+            papermill.execute_notebook(
+                path, output, given, cwd=PROJECT, kernel_manager_class=kernel
+            )
+        except papermill.PapermillExecutionError as error:
+            raise NotebookFailed(f"{error.ename}: {error.evalue} (see {output})") from None
     return output
 
 
-def _local_kernel() -> type:
-    """A kernel spoken to through files, which needs no network, not even this machine's."""
+@contextmanager
+def _kernel() -> Iterator[type]:
+    """A kind of kernel that is this Python's and leaves nothing behind, not even when killed.
+
+    It is spoken to through files, which needs no network, not even this machine's. Sockets and
+    all that it keeps for a while lie in one folder. On leaving, what is left of its processes is
+    ended, and the folder removed; of one who was killed, when the next kernel starts. The user's
+    settings of IPython and Matplotlib do not count: what a notebook shows is the same for all.
+    """
+    from ipykernel.kernelspec import get_kernel_dict
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    class LocalKernel(AsyncKernelManager):
+    folder, started = _short_folder(), []
+
+    class Kernel(AsyncKernelManager):
+        kernel_spec = KernelSpec(**get_kernel_dict())
+
         def __init__(self, **options):
-            if os.name == "posix":  # in a folder of its own: paths of sockets must be short
-                options |= {"transport": "ipc", "ip": f"{tempfile.mkdtemp(prefix='kd')}/k"}
+            options["connection_file"] = f"{folder}/connection.json"
+            if os.name == "posix":
+                options |= {"transport": "ipc", "ip": f"{folder}/k"}
             super().__init__(**options)
 
-    return LocalKernel
+        async def _async_launch_kernel(self, command, **options):
+            options["env"] = (options.get("env") or dict(os.environ)) | {
+                "IPYTHONDIR": f"{folder}/ipython",
+                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+                "TMPDIR": str(folder),
+            }
+            await super()._async_launch_kernel(command, **options)
+            started.append(self.provisioner.process)
+
+    try:
+        yield Kernel
+    except KeyboardInterrupt:  # nobody will ask what became of the cell
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        raise
+    except RuntimeError as error:  # nbclient's or jupyter_client's
+        if str(error).startswith("Kernel died"):
+            raise NotebookFailed(DIED) from None
+        raise
+    finally:
+        for process in started:
+            _end(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _short_folder() -> Path:
+    """A new folder for a kernel, where paths are short enough for sockets (about 100 bytes)."""
+    places = [p for p in (tempfile.gettempdir(), "/tmp", "/var/tmp") if len(os.fsencode(p)) < 60]
+    for place in places:
+        files.sweep(place, "kd-*", hours=30 * 24)
+        with suppress(OSError):
+            return Path(tempfile.mkdtemp(prefix=f"kd-{files.owner()}-", dir=place))
+    raise NotebookFailed("no folder for temporary files can be written: point $TMPDIR at one")
+
+
+def _end(process) -> None:
+    """End a kernel's process group, which its workers belong to, politely first."""
+    for signum in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, signum)
+            for _ in range(30):
+                process.poll()
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+        except OSError:  # none is left
+            return
 
 
 def sync(study: str = "") -> list[Path]:
@@ -104,25 +180,51 @@ def sync(study: str = "") -> list[Path]:
         if not named:
             find(study)
         sources = [p for p in sources if p in named or p.stem in OUTCOMES]
+    elif not sources:
+        studies()
     paths = [path.with_suffix(".ipynb") for path in sources]
     for path in paths:
         notebook = jupytext.read(path.with_suffix(".md"))
         if path.exists():  # cells that stay keep their ids
             old = nbformat.read(path, as_version=4)
             notebook = combine_inputs_with_outputs(notebook, old, fmt="ipynb")
-        client = NotebookClient(
-            notebook,
-            record_timing=False,
-            resources={"metadata": {"path": str(FOLDER)}},
-            kernel_manager_class=_local_kernel(),
-        )
-        try:
-            client.execute()
-        except CellExecutionError as error:
-            text = f"{path.with_suffix('.md').name}: {error.ename}: {error.evalue}"
-            raise NotebookFailed(text) from None
+        resources = {"metadata": {"path": str(FOLDER)}}
+        with _kernel() as kernel:
+            client = NotebookClient(
+                notebook, record_timing=False, resources=resources, kernel_manager_class=kernel
+            )
+            try:
+                with client.setup_kernel():  # client.execute() would take signals for itself
+                    told = client.wait_for_reply(client.kc.kernel_info())["content"]
+                    notebook.metadata["language_info"] = told["language_info"]
+                    for number, cell in enumerate(notebook.cells):
+                        client.execute_cell(
+                            cell, number, execution_count=client.code_cells_executed + 1
+                        )
+                    client.set_widgets_metadata()
+                why = _figures_missing(notebook)
+            except CellExecutionError as error:
+                why = f"{error.ename}: {error.evalue}"
+        if why:
+            raise NotebookFailed(f"{path.with_suffix('.md').name}: {why}")
         files.write(path, nbformat.writes(notebook) + "\n")
     return paths
+
+
+def _figures_missing(notebook) -> str:
+    """A sentence naming the cells that promise a figure and show none; empty if there are none.
+
+    Where a page says that runs have no record yet, nothing can be promised.
+    """
+    if any("runs have no record yet" in str(cell.get("outputs")) for cell in notebook.cells):
+        return ""
+    names = [
+        str(cell.metadata.mystnb.figure.get("name"))
+        for cell in notebook.cells
+        if "figure" in cell.metadata.get("mystnb", {})
+        and not any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {}))
+    ]
+    return f"no picture came out of the cell of {', '.join(names)}" if names else ""
 
 
 def procedure(study: str, given: dict) -> dict:

@@ -4,7 +4,12 @@ papermill passes anything through; a notebook therefore states the type and rang
 parameters, and the cell after them stops with one sentence when something does not fit.
 """
 
+import ast
+import builtins
 import difflib
+import importlib.util
+import re
+from collections.abc import Iterable
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval, Le, Len, MinLen
@@ -19,8 +24,12 @@ NotEmpty = MinLen(1)
 
 
 def _engine(value: str) -> str:
-    if value not in ("serial", "processes", "dask") and "://" not in value:
+    if value in ("serial", "processes"):
+        return value
+    if value != "dask" and "://" not in value:
         raise ValueError("it must be serial, processes, dask or the address of a Dask scheduler")
+    if importlib.util.find_spec("distributed") is None:
+        raise ValueError("it needs the extra `cluster` (pip install -e '.[cluster]')")
     return value
 
 
@@ -65,16 +74,17 @@ class Parameters(BaseModel):
     def read(cls, variables: dict):
         """Check the notebook's variables (``globals()``), after its parameters cell and imports.
 
-        Plain values whose name does not begin with an underscore are taken for parameters.
+        Where IPython tells what was run (``In``), the names of later cells and of the user's own
+        startup files do not count, so a parameter can be changed as often as one likes. Elsewhere
+        plain values whose name does not begin with an underscore are taken for parameters.
         Raises :class:`ParameterError` with one sentence that names the first wrong one.
         """
-        plain = (str, int, float, bool, list, dict, tuple, type(None))
-        given = {
-            name: value
-            for name, value in variables.items()
-            if type(value) in plain and not name.startswith("_") and name not in ("In", "Out")
-        }
-        return cls.check(given)
+        if "In" in variables:
+            names = cls.model_fields.keys() | _set_in(variables["In"], cls.model_fields.keys())
+        else:
+            plain = (str, int, float, bool, list, dict, tuple, type(None))
+            names = {n for n, v in variables.items() if type(v) in plain and not n.startswith("_")}
+        return cls.check({name: value for name, value in variables.items() if name in names})
 
     @classmethod
     def check(cls, given: dict):
@@ -93,6 +103,44 @@ class OfStudy(Parameters):
     train_missing: bool
     engine: Engine
     threads: Count
+
+
+def from_yaml(text: str, where: str):
+    """A value written as YAML, in which 1e-3 is a number; ``where`` names what cannot be read."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """YAML 1.1 wants 1.0e-3."""
+
+    power = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", power, list("-+0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or "it has a character that cannot be"
+        raise ParameterError(f"{where}: not a value in YAML ({problem}).") from None
+
+
+def _set_in(cells: list[str], known: Iterable[str]) -> set[str]:
+    """The names set by the last cell of parameters, and by the last one that papermill put in.
+
+    A cell of parameters does nothing but set names to values, a known one among them; papermill's
+    begins with a comment, and may hold nothing but a misspelling.
+    """
+    found = {}
+    for cell in cells:
+        try:
+            tree = ast.parse(cell)
+        except SyntaxError:
+            continue
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+        names = {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
+        read = {node.id for node in nodes} - names - {*dir(builtins)}  # a type, float("inf")
+        sets = all(isinstance(line, ast.Assign | ast.AnnAssign) for line in tree.body)
+        by_papermill = cell.startswith("# Parameters\n")
+        if sets and not read and (by_papermill or names & set(known)):
+            found[by_papermill] = names
+    return set().union(*found.values())
 
 
 def unknown(name: str, known: list[str]) -> str:

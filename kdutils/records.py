@@ -41,7 +41,7 @@ def runs_folder() -> Path:
 def read(path: Path) -> dict | None:
     """The record at ``path``; None where there is none. A damaged one is set aside, and said."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         for key in ("key", "arguments", "status", "results", "weights", "made"):
             content[key]
         return content
@@ -268,14 +268,22 @@ def _side_by_side(body: list) -> None:
 
 
 def commit() -> str:
-    """The project's commit, with ``+changes`` where its code differs from it."""
+    """The project's commit, with ``+changes`` where its code differs from it.
+
+    ``unknown`` where the project is no repository of its own, whatever repository it lies in and
+    whichever the environment names.
+    """
+    own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or "CONFIG" in k}
 
     def git(*words):
-        done = subprocess.run(["git", *words], cwd=PROJECT, capture_output=True, text=True)
-        return done.stdout.strip()
+        done = subprocess.run(["git", *words], cwd=PROJECT, env=own, capture_output=True)
+        return os.fsdecode(done.stdout).strip()
 
     try:
-        head = git("rev-parse", "HEAD")
+        top = git("rev-parse", "--show-toplevel")
+        if not top or not os.path.samefile(top, PROJECT) or not git("ls-files", "kdutils"):
+            return "unknown"
+        head = git("rev-parse", "--verify", "HEAD")
         changed = git("status", "--porcelain", "--", "kdutils", "notebooks/*.md")
     except OSError:
         return "unknown"
@@ -284,7 +292,7 @@ def commit() -> str:
 
 def _processor() -> str:
     try:  # where /proc says, it says more than Python does; on ARM it does not
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

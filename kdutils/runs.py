@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
@@ -25,6 +25,7 @@ import pandas as pd
 from kdutils import files, records
 
 SCALES = ("smoke", "laptop", "paper")
+KILLED = "a worker was killed, most often for want of memory; what is finished is kept"
 _ONE_AT_A_TIME = threading.Lock()  # a process has one random state and one number of threads
 
 
@@ -61,6 +62,8 @@ class Study:
         self._scratch = tempfile.TemporaryDirectory() if scale == "smoke" else None
         self.folder = Path(self._scratch.name) if self._scratch else self._own_folder()
         self.published = None if self._scratch else records.published_folder() / name
+        if self.train:
+            files.sweep(self.folder, "*/*.partial")
 
     def run(self, function: Callable | None = None, *, version: int = 1):
         """Make ``function(run, **arguments)`` a run: computed once, afterwards read.
@@ -255,6 +258,7 @@ class RunFunction:
         folder = self.folder(arguments)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / ".lock"):
+            files.sweep(folder)
             content, path = records.read(folder / "record.json"), folder / needs
             expected = content["weights"].get(needs) if content else None
             if expected and path.exists() and files.sha256(path) != expected:
@@ -273,7 +277,7 @@ class RunFunction:
         torch.set_num_threads(self.study.threads)
         made_with = records.made_with(train.device_description()) | {"source": self.source}
         text, begun_with = json.dumps(made_with, indent=1), folder / "made_with.json"
-        if not begun_with.exists() or begun_with.read_text() != text:
+        if not begun_with.exists() or begun_with.read_text(encoding="utf-8") != text:
             for path in folder.glob("*.safetensors"):  # other bits would follow: begin again
                 path.unlink()
         files.write(begun_with, text)
@@ -365,10 +369,15 @@ def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Rec
 def _contents(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[dict]:
     if study.engine in ("serial", "processes"):
         import joblib
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
 
         backend = "loky" if study.engine == "processes" else "sequential"
         spread = joblib.Parallel(_workers(study), backend, return_as="generator_unordered")
-        yield from spread(joblib.delayed(_compute)(run, arguments) for arguments in missing)
+        here = os.getpid()
+        try:
+            yield from spread(joblib.delayed(_compute)(run, a, here) for a in missing)
+        except TerminatedWorkerError:
+            raise RunFailed(KILLED) from None
         return
     from dask.distributed import Client, as_completed
 
@@ -378,7 +387,9 @@ def _contents(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[d
         yield from (content for _, content in as_completed(futures, with_results=True))
 
 
-def _compute(run: RunFunction, arguments: dict) -> dict:
+def _compute(run: RunFunction, arguments: dict, parent: int | None = None) -> dict:
+    if parent not in (None, os.getpid()):
+        _end_with(parent)
     if "MALLOC_TRIM_THRESHOLD_" in os.environ and sys.platform == "linux":
         # Dask has its workers give freed memory back at once. That is each step's: it would be
         # faulted in anew, page by page, and two workers would wait for one kernel.
@@ -386,3 +397,15 @@ def _compute(run: RunFunction, arguments: dict) -> dict:
             ctypes.CDLL(None).mallopt(option, value)
     with _ONE_AT_A_TIME:
         return run.compute(arguments).content
+
+
+@cache
+def _end_with(parent: int) -> None:
+    """Have this worker end when its parent has, be it killed: nobody waits for what it computes."""
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -261,7 +261,7 @@ def processes(steps: int, rounds: int) -> list[tuple[float, float]]:
     def start(threads):
         command = [sys.executable, __file__, "--threads", str(threads), "--worker", str(steps)]
         pipe = subprocess.PIPE
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, encoding="utf-8")
         process.stdout.readline()
         return process
 

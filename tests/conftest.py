@@ -21,7 +21,7 @@ def pytest_configure():
 
 
 # Long tests, each of which sets up its own: several workers share these files.
-DIVIDED = {"test_notebooks.py", "test_runs.py"}
+DIVIDED = {"test_notebooks.py", "test_runs.py", "test_stopping.py"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -328,12 +328,14 @@ def chain(*folders, kill_at=0):
         [sys.executable, "-c", CHAIN, str(kill_at), *folders],
         cwd=records.PROJECT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
 
 
 def found_in(folder):
-    contents = [json.loads(path.read_text()) for path in Path(folder).rglob("record.json")]
+    contents = [
+        json.loads(path.read_text(encoding="utf-8")) for path in Path(folder).rglob("record.json")
+    ]
     return {c["arguments"].get("generation", -1): c for c in contents}
 
 
@@ -437,11 +439,11 @@ def without(folder, unwanted):
     target, gone = folder / "records" / "binary", 0
     target.mkdir(parents=True)
     for path in (records.published_folder() / "binary").glob("*.json"):
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if unwanted(content["run"], content["arguments"]):
             gone += 1
         else:
-            (target / path.name).write_text(path.read_text())
+            (target / path.name).write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     return gone
 
 

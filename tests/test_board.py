@@ -43,7 +43,7 @@ def on_a_board(cwd, *words):
     script = cwd / "board.py"
     shutil.copyfile(Path(board.__file__), script)
     command = [sys.executable, "-c", ALONE, "board.py", *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8")
 
 
 @pytest.mark.parametrize("engine", board.ENGINES)

@@ -66,7 +66,7 @@ def html(tmp_path_factory) -> Path:
     command = [Path(sys.executable).parent / "jupyter-book", "build", tree]
     command += ["-W", "-n", "--keep-going"]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8")
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     if seconds > 60:
@@ -178,7 +178,7 @@ def test_wide_tables_scroll_in_their_own_box(screen, address):
 
 
 def test_figures_of_the_study_have_captions(screen, address):
-    cells = json.loads((PROJECT / f"{STUDY}.ipynb").read_text())["cells"]
+    cells = json.loads((PROJECT / f"{STUDY}.ipynb").read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pictures = [o for o in outputs if any(k.startswith("image/") for k in o.get("data", {}))]
     screen.goto(f"{address}/{STUDY}.html", wait_until="load")
@@ -200,7 +200,7 @@ class Page(HTMLParser):
     def __init__(self, path: Path):
         super().__init__()
         self.links, self.places = [], set()
-        self.feed(path.read_text())
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)

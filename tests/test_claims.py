@@ -119,11 +119,11 @@ def test_a_row_from_which_no_verdict_could_follow_is_refused(register, changed, 
 def test_a_row_of_another_length_is_refused(register):
     """A comma in a text that is not quoted moves every field behind it."""
     path = register(registered_row("a-1"))
-    whole = path.read_text()
-    path.write_text(whole.replace("a-1 holds", "a-1, holds"))
+    whole = path.read_text(encoding="utf-8")
+    path.write_text(whole.replace("a-1 holds", "a-1, holds"), encoding="utf-8")
     with pytest.raises(ClaimError, match="claim a-1: it has more fields than there are columns"):
         claims.registered()
-    path.write_text(whole.replace(",points,3", ",points"))
+    path.write_text(whole.replace(",points,3", ",points"), encoding="utf-8")
     with pytest.raises(ClaimError, match="claim a-1: it has no seeds"):
         claims.registered()
 
@@ -136,7 +136,7 @@ def test_the_command_line_says_what_is_wrong_with_the_register_and_draws_nothing
         "import pathlib, sys; from kdutils import claims, __main__ as m;"
         f"claims.REGISTER = pathlib.Path({str(path)!r}); sys.argv = ['kdutils', 'claims']; m.main()"
     )
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8")
     assert run.returncode == 2
     assert run.stdout == ""
     assert run.stderr.startswith("kdutils: claim a-1: unknown kind 'larger'")
@@ -383,7 +383,7 @@ def record(study, seed, arm, numbers, folder):
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
     content |= {"key": key, "results": {"history": [{"accuracy": n} for n in numbers]}}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"made-{key}.json").write_text(json.dumps(content))
+    (folder / f"made-{key}.json").write_text(json.dumps(content), encoding="utf-8")
     return key
 
 
@@ -437,14 +437,16 @@ def project(register, tmp_path, monkeypatch):
         cell = {"cell_type": "code", "metadata": {}, "source": "", "execution_count": 1}
         book = {"cells": [cell | {"outputs": [output], "id": "x"}], "metadata": {}}
         paths[study] = tmp_path / "notebooks" / f"{number}-{study}.ipynb"
-        paths[study].write_text(json.dumps(book | {"nbformat": 4, "nbformat_minor": 5}))
+        paths[study].write_text(
+            json.dumps(book | {"nbformat": 4, "nbformat_minor": 5}), encoding="utf-8"
+        )
     monkeypatch.setattr(notebooks, "FOLDER", tmp_path / "notebooks")
     return tmp_path
 
 
 def check(root):
     command = [sys.executable, "-I", "-S", str(CHECK), str(root)]  # without any package
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, encoding="utf-8")
 
 
 def test_the_check_agrees_with_kdutils(project):
@@ -487,16 +489,20 @@ def test_the_check_agrees_on_values_drawn_at_random(stranger, seed):
 
 def change_a_digit(path, number):
     """Change the last digit of a number as it is written, where it stands first."""
-    text, old = path.read_text(), repr(number)
+    text, old = path.read_text(encoding="utf-8"), repr(number)
     assert old in text
-    path.write_text(text.replace(old, old[:-1] + str((int(old[-1]) + 1) % 10), 1))
+    path.write_text(text.replace(old, old[:-1] + str((int(old[-1]) + 1) % 10), 1), encoding="utf-8")
 
 
 def stored_in(project, study):
     (path,) = project.glob(f"notebooks/*-{study}.ipynb")
-    book = json.loads(path.read_text())
+    book = json.loads(path.read_text(encoding="utf-8"))
     (rows,) = [o["data"][claims.MIME] for cell in book["cells"] for o in cell["outputs"]]
-    return {row["id"]: row for row in rows}, path, lambda: path.write_text(json.dumps(book))
+    return (
+        {row["id"]: row for row in rows},
+        path,
+        lambda: path.write_text(json.dumps(book), encoding="utf-8"),
+    )
 
 
 def refused(project, *texts):
@@ -523,11 +529,15 @@ def test_a_record_of_another_seed_is_found(project):
     rows, *_ = stored_in(project, "b")
     key = rows["b-1"]["parts"][""]["from"]["1"][0][0]
     (file,) = project.glob(f"data/records/*/*-{key}.json")
-    file.write_text(file.read_text().replace('"seed": 1', '"seed": 2'))
+    file.write_text(
+        file.read_text(encoding="utf-8").replace('"seed": 1', '"seed": 2'), encoding="utf-8"
+    )
     refused(project, "claim b-1: ", key)
 
 
-@pytest.mark.parametrize("damage", [lambda f: f.unlink(), lambda f: f.write_text("{")])
+@pytest.mark.parametrize(
+    "damage", [lambda f: f.unlink(), lambda f: f.write_text("{", encoding="utf-8")]
+)
 def test_a_record_that_is_gone_or_broken_is_found(project, damage):
     rows, *_ = stored_in(project, "b")
     key = rows["b-1"]["parts"][""]["from"]["1"][0][0]
@@ -554,8 +564,8 @@ def test_two_numbers_that_are_one_float_are_two(project):
     """0.30000000000000004 and 0.30000000000000005 are the same number to most that read JSON."""
     rows, path, _ = stored_in(project, "b")
     number = rows["b-1"]["parts"][""]["values"]["0"]
-    text = path.read_text()
-    path.write_text(text.replace(repr(number), f"{number!r}" + "0" * 12 + "1", 1))
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace(repr(number), f"{number!r}" + "0" * 12 + "1", 1), encoding="utf-8")
     assert stored_in(project, "b")[0] == rows
     refused(project, "claim b-1: ", "is not the value of")
 
@@ -622,7 +632,9 @@ def test_the_check_agrees_on_the_published_claims(tmp_path):
 
 def test_claims_as_json_have_all_that_a_verdict_is_made_of():
     command = [sys.executable, "-m", "kdutils", "claims", "--json"]
-    run = subprocess.run(command, cwd=records.PROJECT, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        command, cwd=records.PROJECT, capture_output=True, encoding="utf-8", check=True
+    )
     rows = json.loads(run.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     known = claims.registered()
     assert [row["id"] for row in rows] == list(known)

@@ -32,7 +32,7 @@ ALONE += (
 
 def run_program(*words, code=0, start=PROGRAM):
     command = [sys.executable, "-c", start, "concierge", *map(str, words)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, encoding="utf-8")
     assert run.returncode == code, run.stdout + run.stderr
     return run.stdout if not code else run.stderr.strip().splitlines()[-1]
 
@@ -51,7 +51,7 @@ def model(tmp_path_factory):
     content = {"frames": 4, "size": 32, "emotions": study["EMOTIONS"], "threshold": 0.999}
     content["heads"] = {head: [at.start, at.stop] for head, at in where.items()}
     content["files"] = {"student.onnx": files.sha256(folder / "student.onnx")}
-    (folder / "model.json").write_text(json.dumps(content))
+    (folder / "model.json").write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 
@@ -198,14 +198,22 @@ def flip(path):
 
 def rewrite(folder, **entries):
     path = folder / "model.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | entries), encoding="utf-8"
+    )
 
 
 DAMAGE = {
     "a bit": (lambda f: flip(f / "student.onnx"), r"student\.onnx is damaged: its SHA-256"),
     "a file": (lambda f: (f / "student.onnx").unlink(), r"student\.onnx does not exist, though"),
-    "no JSON": (lambda f: (f / "model.json").write_text("{"), r"model\.json is damaged"),
-    "a key": (lambda f: (f / "model.json").write_text("{}"), r"model\.json is damaged .*'frames'"),
+    "no JSON": (
+        lambda f: (f / "model.json").write_text("{", encoding="utf-8"),
+        r"model\.json is damaged",
+    ),
+    "a key": (
+        lambda f: (f / "model.json").write_text("{}", encoding="utf-8"),
+        r"model\.json is damaged .*'frames'",
+    ),
     "climbs out": (
         lambda f: rewrite(f, files={"../student.onnx": "0"}),
         r"\.\./student\.onnx does not exist",
@@ -276,15 +284,15 @@ def test_a_database_that_is_busy_read_only_or_absent_is_not_called_damaged(tmp_p
 
 def test_more_people_than_the_threshold_was_set_with_are_said(model, videos, tmp_path):
     copy = damaged_model(tmp_path, model, lambda folder: None)
-    content = json.loads((copy / "model.json").read_text())
+    content = json.loads((copy / "model.json").read_text(encoding="utf-8"))
     content["false_accepts"] = {"share": 0.05, "people": 1}
-    (copy / "model.json").write_text(json.dumps(content))
+    (copy / "model.json").write_text(json.dumps(content), encoding="utf-8")
     words = ["--model", copy, "--database", tmp_path / "p.sqlite3", "--every", 1]
     command = [sys.executable, "-m", "kdutils", "concierge", "enrol"]
     said = []
     for name, video in zip(("Ada", "Bo"), videos, strict=True):
         run = subprocess.run(
-            [*command, name, *map(str, [video, *words])], capture_output=True, text=True
+            [*command, name, *map(str, [video, *words])], capture_output=True, encoding="utf-8"
         )
         said.append(run.stderr)
     assert said[0] == ""

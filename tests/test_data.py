@@ -276,7 +276,8 @@ def tiny(monkeypatch, tmp_path):
     toml = tmp_path / "sources.toml"
     toml.write_text(
         f'[tiny]\ntorchvision = "CIFAR10"\nfingerprints.train = "{found["train"]}"\n'
-        f'fingerprints.test = "{found["test"]}"\n[digits]\n'
+        f'fingerprints.test = "{found["test"]}"\n[digits]\n',
+        encoding="utf-8",
     )
     monkeypatch.setattr(data, "SOURCES", toml)
     return arrays
@@ -354,7 +355,7 @@ def bit_flipped(path):
 
 
 def replaced_by_text(path):
-    path.write_text("<html>404</html>")
+    path.write_text("<html>404</html>", encoding="utf-8")
 
 
 def replaced_by_one_array(path):

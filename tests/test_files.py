@@ -48,16 +48,16 @@ def test_a_write_that_fails_midway_leaves_the_old_content_alone(monkeypatch, pat
         patch.setattr(os, function, fault)
         with pytest.raises((OSError, KeyboardInterrupt)):
             files.write(path, "the new content")
-    assert path.read_text() == "the old content"
+    assert path.read_text(encoding="utf-8") == "the old content"
     assert os.listdir(path.parent) == ["record.json"]
     files.write(path, "the new content")
-    assert path.read_text() == "the new content"
+    assert path.read_text(encoding="utf-8") == "the new content"
 
 
 def in_a_process(code, path):
     code = f"import os, resource, signal, sys\nfrom kdutils import files\n{code}"
     command = [sys.executable, "-c", code, str(path)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, capture_output=True, encoding="utf-8")
 
 
 def test_a_file_that_cannot_grow_leaves_the_old_content_alone(path):
@@ -68,7 +68,7 @@ def test_a_file_that_cannot_grow_leaves_the_old_content_alone(path):
         path,
     )
     assert "File too large" in done.stderr
-    assert path.read_text() == "the old content"
+    assert path.read_text(encoding="utf-8") == "the old content"
     assert os.listdir(path.parent) == ["record.json"]
 
 
@@ -80,9 +80,51 @@ def test_a_process_killed_while_writing_leaves_the_old_content_alone(path, funct
         path,
     )
     assert done.returncode == -signal.SIGKILL
-    assert path.read_text() == "the old content"
+    assert path.read_text(encoding="utf-8") == "the old content"
     left = set(os.listdir(path.parent)) - {"record.json"}
     assert all(name.endswith(".partial") for name in left)  # which git does not see
+    files.sweep(path.parent)
+    assert os.listdir(path.parent) == ["record.json"]
+
+
+def test_sweeping_leaves_a_living_owners_files_and_anothers_until_they_are_old(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = files.owner().replace(str(os.getpid()), str(ended.pid))
+    owners = {
+        "living": files.owner(),
+        "dead": dead,
+        "elsewhere": f"{'0' * 8}-{ended.pid}",
+        "nameless": "1234",
+    }
+    paths = {name: tmp_path / f"{name}.{who}-1.partial" for name, who in owners.items()}
+    for path in [*paths.values(), tmp_path / "record.json"]:
+        path.touch()
+    (tmp_path / f"folder.{dead}-1.partial").mkdir()
+    (tmp_path / f"folder.{dead}-1.partial" / "socket").touch()
+    files.sweep(tmp_path)
+    kept = {path.name.partition(".")[0] for path in tmp_path.iterdir()}
+    assert kept == {"living", "elsewhere", "nameless", "record"}
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
+    files.sweep(tmp_path, hours=10**6)
+    assert {path.name.partition(".")[0] for path in tmp_path.iterdir()} == kept
+    files.sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["record.json"]
+
+
+def test_a_killed_process_that_nobody_waited_for_has_ended(tmp_path):
+    code = "from kdutils import files; print(files.owner(), flush=True); input()"
+    options = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen([sys.executable, "-c", code], **options) as process:
+        partial = tmp_path / f"record.json.{process.stdout.readline().strip()}-1.partial"
+        partial.touch()
+        files.sweep(tmp_path)
+        assert partial.exists()
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        files.sweep(tmp_path)
+        assert not partial.exists()
 
 
 def test_the_content_is_on_disk_before_it_takes_the_name(monkeypatch, path):
@@ -91,7 +133,7 @@ def test_the_content_is_on_disk_before_it_takes_the_name(monkeypatch, path):
     def spy(function):
         def call(*args):
             calls.append(function.__name__)
-            assert path.read_text() == "the old content"
+            assert path.read_text(encoding="utf-8") == "the old content"
             return function(*args)
 
         return call
@@ -106,9 +148,9 @@ def test_writers_at_the_same_time_leave_one_whole_content(path):
     contents = [str(n) * 50_000 for n in range(8)]
     with ThreadPoolExecutor(8) as pool:
         for result in [pool.submit(files.write, path, c) for c in contents * 5]:
-            assert path.read_text() in [*contents, "the old content"]
+            assert path.read_text(encoding="utf-8") in [*contents, "the old content"]
             result.result()
-    assert path.read_text() in contents
+    assert path.read_text(encoding="utf-8") in contents
     assert os.listdir(path.parent) == ["record.json"]
 
 
@@ -125,7 +167,7 @@ def test_set_aside_renames_the_file_and_says_so(path, capsys):
     aside = files.set_aside(path, "its SHA-256 is wrong")
     assert not path.exists()
     assert aside.parent == path.parent
-    assert aside.read_text() == "the old content"
+    assert aside.read_text(encoding="utf-8") == "the old content"
     said = capsys.readouterr().out
     for part in (str(path), "damaged", "its SHA-256 is wrong", aside.name):
         assert part in said
@@ -136,7 +178,7 @@ def test_files_set_aside_do_not_replace_each_other(path):
     for content in ("one", "two", "three"):
         files.write(path, content)
         aside.append(files.set_aside(path, "damaged"))
-    assert [a.read_text() for a in aside] == ["one", "two", "three"]
+    assert [a.read_text(encoding="utf-8") for a in aside] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize("content", [b"", b"abc", bytes(range(256)) * 9000])
@@ -147,7 +189,7 @@ def test_sha256_is_that_of_the_bytes(tmp_path, content):
 
 
 def test_sha256_of_the_standards_own_example(tmp_path):
-    (tmp_path / "abc").write_text("abc")
+    (tmp_path / "abc").write_text("abc", encoding="utf-8")
     assert files.sha256(tmp_path / "abc").startswith("ba7816bf8f01cfea414140de5dae2223")
 
 

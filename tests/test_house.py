@@ -61,7 +61,9 @@ def committed() -> list[Path]:
 
 
 def tool(*command: str) -> subprocess.CompletedProcess:
-    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert run.returncode == 0, run.stdout + run.stderr
     return run
 
@@ -207,6 +209,35 @@ def test_code_is_in_style(command):
     tool("ruff", *command, "kdutils", "tests", "tools")
 
 
+def reads_text_by_the_locale(node: ast.AST) -> bool:
+    if not isinstance(node, ast.Call):
+        return False
+    name = getattr(node.func, "attr", None) or getattr(node.func, "id", None)
+    given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+    if name == "open" and isinstance(node.func, ast.Name):
+        mode = given.get("mode", ast.unparse(node.args[1]) if len(node.args) > 1 else "")
+        return "b" not in mode and "encoding" not in given
+    method = name == "write_text" or (name == "read_text" and not node.args)
+    piped = "True" in (given.get("text"), given.get("universal_newlines"))
+    return (method or piped) and "encoding" not in given
+
+
+def test_text_is_utf8_whatever_the_locale():
+    """Published runs are bound to the code of ``data.sources``; what it reads is ASCII instead."""
+    assert (ROOT / "data" / "sources.toml").read_bytes().isascii()
+    sources = {p: p.read_text(encoding="utf-8") for p in committed() if p.suffix == ".py"}
+    for path in NOTEBOOKS:
+        codes = [c.source for c in jupytext.read(path).cells if c.cell_type == "code"]
+        sources |= {path / str(number): code for number, code in enumerate(codes)}
+    found = [
+        f"{path.relative_to(ROOT)}: {ast.unparse(node)[:100]}"
+        for path, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if reads_text_by_the_locale(node)
+    ]
+    assert found == ["kdutils/data.py: SOURCES.read_text()"]
+
+
 # kdutils
 
 
@@ -301,7 +332,7 @@ heavy = [name for name in ("torch", "torchvision", "lightning_fabric") if name i
 print(json.dumps({"claims": len(claims), "heavy": heavy}))
 """
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
     )
     said = json.loads(run.stdout)
     assert said["claims"]

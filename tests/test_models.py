@@ -350,7 +350,7 @@ print("missing schemas are declared")
 
 
 def test_the_schemas_of_torchvision_are_declared_only_when_its_import_needs_them():
-    done = subprocess.run([sys.executable, "-c", SHIM], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SHIM], capture_output=True, encoding="utf-8")
     assert done.stderr == ""
     assert [line.partition(":")[0] for line in done.stdout.splitlines()] == [
         "its own import succeeds",

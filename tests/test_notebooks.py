@@ -32,7 +32,7 @@ def without_network() -> list[str]:
 
 def kdutils(*words, prefix=()) -> subprocess.CompletedProcess:
     command = [*prefix, *KDUTILS, *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
 
 
 @pytest.mark.parametrize("study", notebooks.studies())
@@ -89,14 +89,16 @@ def test_a_new_study_gets_its_notebook_and_a_failing_one_is_named(tmp_path, monk
     monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
     header = "---\nkernelspec:\n  name: python3\n  display_name: Python 3\n---\n"
     source = tmp_path / "9-new.md"
-    source.write_text(f"{header}\n```{{code-cell}} ipython3\nprint(6 * 7)\n```\n")
+    source.write_text(f"{header}\n```{{code-cell}} ipython3\nprint(6 * 7)\n```\n", encoding="utf-8")
     (made,) = notebooks.sync("new")
-    good = made.read_text()
+    good = made.read_text(encoding="utf-8")
     assert nbformat.reads(good, as_version=4).cells[0].outputs[0].text == "42\n"
-    source.write_text(source.read_text().replace("6 * 7", "6 / 0"))
+    source.write_text(
+        source.read_text(encoding="utf-8").replace("6 * 7", "6 / 0"), encoding="utf-8"
+    )
     with pytest.raises(notebooks.NotebookFailed, match=r"9-new\.md: ZeroDivisionError"):
         notebooks.sync("new")
-    assert made.read_text() == good
+    assert made.read_text(encoding="utf-8") == good
 
 
 def test_a_copy_beside_a_study_is_no_study_and_a_note_no_notebook(tmp_path, monkeypatch):
@@ -105,7 +107,7 @@ def test_a_copy_beside_a_study_is_no_study_and_a_note_no_notebook(tmp_path, monk
     for name in ("3-eskd", "3-eskd-Copy1", "3-eskd (1)", "03-eskd.old", "eskd", "3-", "3-eskd~"):
         nbformat.write(nbformat.v4.new_notebook(), tmp_path / f"{name}.ipynb")
     assert notebooks.studies() == {"eskd": tmp_path / "3-eskd.ipynb"}
-    (tmp_path / "notes.md").write_text("# Mine\n")
+    (tmp_path / "notes.md").write_text("# Mine\n", encoding="utf-8")
     assert notebooks.sync() == []
     assert not (tmp_path / "notes.ipynb").exists()
 
@@ -119,7 +121,7 @@ def test_a_page_whose_records_are_elsewhere_says_so_in_one_sentence(tmp_path, mo
     monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path))
     notebooks.notice(study())
     (tmp_path / "eskd").mkdir()
-    (tmp_path / "eskd" / "teacher-0.json").write_text("{}")
+    (tmp_path / "eskd" / "teacher-0.json").write_text("{}", encoding="utf-8")
     notebooks.notice(study())
     where = f"`{tmp_path / 'eskd'}`, which `$KDUTILS_RECORDS` names."
     assert shown == [
@@ -174,7 +176,7 @@ def test_every_command_has_help(command):
 def test_absent_data_without_a_network_says_what_helps(tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
     code = "from kdutils import data; data.load('cifar10')"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert "python -m kdutils data get cifar10" in run.stderr
     assert "KDUTILS_DATA" in run.stderr
 
@@ -229,7 +231,7 @@ def test_one_changed_digit_of_a_stored_output_is_found(study, tmp_path):
     try:
         command = ["-m", "pytest", "--nbval", "--nbval-current-env", "-p", "no:cacheprovider"]
         run = subprocess.run(
-            [sys.executable, *command, str(copy)], cwd=ROOT, capture_output=True, text=True
+            [sys.executable, *command, str(copy)], cwd=ROOT, capture_output=True, encoding="utf-8"
         )
     finally:
         copy.unlink()
@@ -248,7 +250,9 @@ def test_neither_tests_nor_notebooks_follow_the_users_settings(tmp_path, monkeyp
     nbformat.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "one.ipynb")
     command = ["pytest", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env"]
     command += ["tests/test_house.py::test_workflows_exist", str(tmp_path / "one.ipynb")]
-    run = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, encoding="utf-8"
+    )
     assert "2 passed" in run.stdout, run.stdout
 
 
@@ -265,9 +269,9 @@ def test_verify_trains_a_published_run_again_and_finds_a_changed_digit(tmp_path,
     run = kdutils("verify", "eskd", "--key", key)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "the same numbers and weights, bit for bit" in run.stdout
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["results"]["history"][-1]["test_accuracy"] += 0.0001
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     run = kdutils("verify", "eskd", "--key", key)
     assert run.returncode == 1
     assert "NOT the same numbers" in run.stdout

@@ -172,6 +172,41 @@ def test_read_refuses_a_plain_variable_that_is_no_parameter():
         Given.read(GOOD | {"nothing": None})
 
 
+CELL = "\n".join(f"{name} = {value!r}  # why" for name, value in GOOD.items())
+CHECK = "from kdutils import parameters\np = Given.read(globals())\nearly = p.epochs"
+
+
+def test_a_parameter_can_be_changed_as_often_as_one_likes():
+    later = {"early": 3, "rows": [], "DEBUG": True}  # of later cells, of the user's startup file
+    cells = ["", CELL, CHECK, "rows = []", "%matplotlib inline", "lr = early"]
+    assert Given.read(GOOD | later | {"In": cells}) == Given.check(GOOD)
+    for epochs in (4, 5):
+        cells += [CELL.replace("epochs = 3", f"epochs = {epochs}"), CHECK]
+        assert Given.read(GOOD | later | {"epochs": epochs, "In": cells}).epochs == epochs
+    wrong = {"epochs": 0, "In": [*cells, "epochs = 0", CHECK]}
+    with pytest.raises(parameters.ParameterError, match="parameter epochs is 0"):
+        Given.read(GOOD | later | wrong)
+    with pytest.raises(parameters.ParameterError, match="'seeds' is missing"):
+        Given.read({k: v for k, v in GOOD.items() if k != "seeds"} | {"In": cells})
+
+
+def test_a_misspelling_counts_until_the_cell_is_mended():
+    misspelt = {"tempreature": 2.0}
+    cells = ["", CELL, CHECK, CELL.replace("temperature", "tempreature"), CHECK]
+    with pytest.raises(parameters.ParameterError, match="'tempreature'; did you mean 'temperat"):
+        Given.read(GOOD | misspelt | {"In": cells})
+    assert Given.read(GOOD | misspelt | {"In": [*cells, CELL, CHECK]})
+
+
+@pytest.mark.parametrize(
+    "injected", ["epocs = 3", 'alpha = float("inf")\nepocs = 3', "epocs: int = 3", "epocs = [-1]"]
+)
+def test_a_misspelling_that_papermill_puts_in_is_named(injected):
+    variables = GOOD | {"epocs": 3, "In": ["", CELL, f"# Parameters\n{injected}\n", CHECK]}
+    with pytest.raises(parameters.ParameterError, match="'epocs'; did you mean 'epochs'"):
+        Given.read(variables)
+
+
 def test_a_notebook_shows_the_sentence_in_place_of_a_traceback():
     error = parameters.ParameterError("parameter epochs is -1.")
     assert error._render_traceback_() == ["ParameterError: parameter epochs is -1."]

@@ -263,7 +263,7 @@ def pets(tmp_path, monkeypatch):
                 name = f"{'Abyssinian' if k % 2 == 0 else 'beagle'}_{k}"
                 (base / "images" / f"{name}.jpg").write_bytes(encoded(drawn(k), "PNG"))
                 lines.append(f"{name} {1 + k % 2} {1 + k % 2} 1\n")
-            (base / "annotations" / f"{split}.txt").write_text("".join(lines))
+            (base / "annotations" / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
 
     of = torchvision.datasets.OxfordIIITPet
     monkeypatch.setattr(
@@ -297,7 +297,10 @@ def test_the_command_line_imports_and_says_what_it_skipped(folder, own_folders):
     (folder / "cat.1.png").write_bytes(b"")
     command = [sys.executable, "-m", "kdutils", "data"]
     run = subprocess.run(
-        [*command, "import", str(folder), "--size", "16"], cwd=ROOT, capture_output=True, text=True
+        [*command, "import", str(folder), "--size", "16"],
+        cwd=ROOT,
+        capture_output=True,
+        encoding="utf-8",
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[0].startswith("skipped cat.1.png: ")
@@ -306,7 +309,7 @@ def test_the_command_line_imports_and_says_what_it_skipped(folder, own_folders):
         str(own_folders / "dogs-vs-cats.npz"),
     ]
     run = subprocess.run(
-        [*command, "get", "dogs-vs-cats"], cwd=ROOT, capture_output=True, text=True
+        [*command, "get", "dogs-vs-cats"], cwd=ROOT, capture_output=True, encoding="utf-8"
     )
     assert run.returncode == 2
     assert "data import PATH" in run.stderr.splitlines()[-1]

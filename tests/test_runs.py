@@ -27,14 +27,14 @@ HERE = Path(__file__).parent
 def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", str(HERE), prepend=os.pathsep)
     return tmp_path
 
 
 def started(record_or_folder) -> int:
     """How often the run's function was begun."""
     folder = getattr(record_or_folder, "folder", record_or_folder)
-    return len((folder / "log").read_text().splitlines())
+    return len((folder / "log").read_text(encoding="utf-8").splitlines())
 
 
 def train_in_a_process(folder: Path, seed=0, kill_at=None) -> subprocess.Popen:
@@ -109,7 +109,7 @@ def test_a_truncated_record_is_set_aside_and_the_run_computed_again(capsys):
     _, network = tiny_study()
     record = network(seed=0)
     path = record.folder / "record.json"
-    path.write_text(path.read_text()[:300])
+    path.write_text(path.read_text(encoding="utf-8")[:300], encoding="utf-8")
     again = network(seed=0)
     assert records.timeless(again.content) == records.timeless(record.content)
     assert started(record) == 2
@@ -200,6 +200,26 @@ def test_killed_at_a_random_step_a_run_ends_as_if_it_had_not_been(folders, monke
     assert records.timeless(contents[0]) == records.timeless(contents[1]), f"killed at step {step}"
 
 
+def test_what_a_killed_process_was_writing_is_swept_when_a_run_begins(folders):
+    killed = train_in_a_process(folders / "runs", kill_at=45)
+    assert killed.wait() == -signal.SIGKILL
+    owner = files.owner().replace(f"-{os.getpid()}", f"-{killed.pid}")
+    (folder,) = (folders / "runs" / "tiny").iterdir()
+    (folder / f"e2.safetensors.{owner}-1.partial").touch()
+    (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
+    tiny_study(train=False)  # reading leaves alone what it does not own
+    assert len(list(folder.glob("*.partial"))) == 2
+    assert train_in_a_process(folders / "runs").wait() == 0
+    assert not list(folder.glob("*.partial"))
+    _, network = tiny_study()
+    (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
+    network.compute({"seed": 0})  # as a worker does, whose study began elsewhere
+    assert not list(folder.glob("*.partial"))
+    (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
+    tiny_study()  # though this run has its record, and is never computed again
+    assert not list(folder.glob("*.partial"))
+
+
 def test_two_processes_that_want_one_run_share_one_result(folders):
     both = [train_in_a_process(folders / "runs") for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
@@ -225,14 +245,16 @@ def test_a_run_begun_by_other_source_or_otherwise_begins_again(
 ):
     shutil.copytree(killed, folders / "runs")
     (begun_with,) = (folders / "runs").rglob("made_with.json")
-    made_with = json.loads(begun_with.read_text())
+    made_with = json.loads(begun_with.read_text(encoding="utf-8"))
     if changed == "everything":
         begun_with.unlink()
     elif changed != "nothing":
-        begun_with.write_text(json.dumps(made_with | {changed: "another"}, indent=1))
+        begun_with.write_text(
+            json.dumps(made_with | {changed: "another"}, indent=1), encoding="utf-8"
+        )
     rates = [row["lr"] for row in train_here(folders / "runs", monkeypatch)["results"]["history"]]
     assert rates == pytest.approx([777 if changed == "nothing" else 0.1, 0.01, 0.001])
-    assert json.loads(begun_with.read_text()) == made_with
+    assert json.loads(begun_with.read_text(encoding="utf-8")) == made_with
 
 
 # Fan-out
@@ -311,7 +333,7 @@ def _kill_when_busy(folder: Path, pids: list[int]):
     deadline = time.monotonic() + 300  # a busy machine is slow to import
     while time.monotonic() < deadline:
         for state in folder.rglob("state.safetensors"):
-            pid = int((state.parent / "log").read_text().split()[-1])
+            pid = int((state.parent / "log").read_text(encoding="utf-8").split()[-1])
             if pid in pids:
                 os.kill(pid, signal.SIGKILL)
                 return
@@ -343,9 +365,9 @@ def test_a_published_run_is_trained_again_when_its_weights_are_wanted(folders):
     first = tiny_study()[1](seed=0)
     expected = first.weights("e3").read_bytes()
     (published,) = records.publish("tiny")
-    content = json.loads(published.read_text())
+    content = json.loads(published.read_text(encoding="utf-8"))
     content["results"]["another_machine"] = True
-    published.write_text(json.dumps(content))
+    published.write_text(json.dumps(content), encoding="utf-8")
     os.environ["KDUTILS_RUNS"] = str(folders / "elsewhere")
     record = tiny_study()[1](seed=0)
     assert not record.folder.exists()
@@ -370,9 +392,9 @@ def test_other_scales_are_not_published():
 def test_what_was_trained_on_a_folder_of_ones_own_is_not_published():
     tiny_study()[1](seed=1)
     (path,) = (records.runs_folder() / "tiny").glob("*/record.json")
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     content["arguments"]["folder"] = "recordings"
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     assert records.publish("tiny") == []
 
 
@@ -439,7 +461,7 @@ def test_compare_leaves_times_out_and_finds_accuracies_inside_results():
 
 def _hash(tmp_path, text):
     path = tmp_path / f"m{abs(hash(text))}.py"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     names = {"__name__": "some_notebook"}
     exec(compile(text, str(path), "exec"), names)
     return records.source_hash(names["f"])
@@ -500,14 +522,14 @@ def test_source_hash_follows_what_is_reached_into_the_rooms(tmp_path, monkeypatc
     rooms = tmp_path / "rooms"
     rooms.mkdir()
     for room in records.SOURCE_ROOMS:
-        (rooms / f"{room}.py").write_text(f"def of_{room}():\n    pass\n")
+        (rooms / f"{room}.py").write_text(f"def of_{room}():\n    pass\n", encoding="utf-8")
     losses = "LIMIT = 3\n\ndef deep():\n    return LIMIT\n\ndef fit():\n    return deep()\n"
-    (rooms / "losses.py").write_text(losses)
+    (rooms / "losses.py").write_text(losses, encoding="utf-8")
     monkeypatch.setattr(records, "__file__", str(rooms / "records.py"))
     # A helper has the name of a room's function that it calls: both count.
     text = "def fit(run):\n    return losses.fit()\n\ndef f(run):\n    return fit(run)\n"
     first = _hash(tmp_path, text)
-    (rooms / "losses.py").write_text(losses + "\n\ndef later():\n    return 1\n")
+    (rooms / "losses.py").write_text(losses + "\n\ndef later():\n    return 1\n", encoding="utf-8")
     assert _hash(tmp_path, text) == first
-    (rooms / "losses.py").write_text(losses.replace("LIMIT = 3", "LIMIT = 4"))
+    (rooms / "losses.py").write_text(losses.replace("LIMIT = 3", "LIMIT = 4"), encoding="utf-8")
     assert _hash(tmp_path, text) != first

@@ -484,7 +484,7 @@ assert "optuna" not in sys.modules
     run = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         env={**os.environ, "KDUTILS_RECORDS": str(tmp_path)},
     )
     assert run.returncode == 0, run.stderr[-2000:]

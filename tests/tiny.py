@@ -21,7 +21,7 @@ def tiny_study(engine="serial", scale="laptop", train=True):
 
         from kdutils import data, metrics, models, train
 
-        with open(run.folder / "log", "a") as log:
+        with open(run.folder / "log", "a", encoding="utf-8") as log:
             log.write(f"{os.getpid()}\n")
         images = data.parts(dataset, validation=200, batch_size=50, seed=seed)
         model = models.build("convnet", classes=10, seed=seed, widths=(8, 16))
