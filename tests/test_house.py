@@ -326,8 +326,8 @@ def test_the_check_of_claims_stays_short_enough_to_be_read_by_who_trusts_nobody(
 def test_reading_needs_no_pytorch():
     program = """
 import json, sys
-import kdutils, kdutils.runs, kdutils.notebooks, kdutils.verdicts, kdutils.figures
-claims = kdutils.notebooks.claims()
+import kdutils, kdutils.runs, kdutils.notebooks, kdutils.claims, kdutils.figures, kdutils.pages
+claims = kdutils.claims.of_notebooks()
 heavy = [name for name in ("torch", "torchvision", "lightning_fabric") if name in sys.modules]
 print(json.dumps({"claims": len(claims), "heavy": heavy}))
 """
