@@ -1,4 +1,4 @@
-"""The command line: run, data, publish, verify, sync, claims, concierge."""
+"""The command line: run, train, data, publish, verify, sync, claims, concierge."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from kdutils import claims as claims_room
-from kdutils import data, notebooks, parameters, pictures, records, runs
+from kdutils import data, notebooks, parameters, pictures, records, runs, spread
 from kdutils.concierge import program
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ EXPECTED = (
     parameters.ParameterError,
     program.TotemError,
     runs.RunFailed,
+    spread.WorkerLost,
 )
 
 
@@ -89,6 +90,26 @@ def run(
         if engine:
             values["engine"] = engine
         print(notebooks.run(name, values, output / f"{path.stem}.{scale}.ipynb"))
+
+
+@app.command()
+@stoppable()
+def train(
+    study: Study,
+    scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")],
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Runs side by side; by default what fits.")
+    ] = None,
+    only: Annotated[str, typer.Option(help="Train runs of this name, and what they need.")] = "",
+    parameter: Annotated[
+        list[str], typer.Option("--parameter", "-p", help="name=value, the value as YAML.")
+    ] = [],  # noqa: B006 - Typer reads the default, nothing changes it
+):
+    """Train what has no record, without Jupyter; interrupted, the same command goes on."""
+    notebooks.find(study)
+    given = notebooks.scale_parameters(study, scale) | dict(map(_parameter, parameter))
+    done = notebooks.train(study, given, workers, only)
+    print(done.summary())
 
 
 def _parameter(text: str) -> tuple[str, object]:

@@ -1,5 +1,6 @@
-"""Studies as notebooks: where they are, running one, its procedure alone."""
+"""Studies as notebooks: where they are, running one, its procedure alone, training by it."""
 
+import io
 import linecache
 import logging
 import os
@@ -8,13 +9,13 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
-from kdutils import files, parameters
+from kdutils import files, parameters, spread
 from kdutils.records import PROJECT
-from kdutils.runs import SCALES, Study
+from kdutils.runs import SCALES, RunFailed, RunFunction, Study
 
 FOLDER = PROJECT / "notebooks"
 OUTCOMES = ("index", "verdicts")  # pages that read what the studies' pages store; synced last
@@ -227,18 +228,22 @@ def _figures_missing(notebook) -> str:
     return f"no picture came out of the cell of {', '.join(names)}" if names else ""
 
 
-def procedure(study: str, given: dict) -> dict:
-    """The names a notebook defines up to its results: runs parameters and ``define`` cells.
+def procedure(study: str, given: dict, also: tuple = (), begin: Callable | None = None) -> dict:
+    """The names a study's ``.md`` defines: runs its cells tagged ``parameters`` and ``define``.
 
-    ``given`` replaces parameters. Nothing is trained: the runs are only defined.
+    ``given`` replaces parameters. Nothing is trained: the runs are only defined, unless cells with
+    a tag in ``also`` train; ``begin(names)`` is called before the first of those. What cells
+    would display is not shown.
     """
-    import nbformat
+    import jupytext
 
-    path = find(study)
-    names = {"__name__": f"kdutils_study_{study}"}
-    for number, cell in enumerate(nbformat.read(path, as_version=4).cells):
-        tags = cell.metadata.get("tags", [])
-        if cell.cell_type == "code" and {"parameters", "define"} & set(tags):
+    path = find(study).with_suffix(".md")  # the edited one: its .ipynb may be behind
+    names = {"__name__": f"kdutils_study_{study}", "display": lambda *_, **__: None}
+    for number, cell in enumerate(jupytext.read(path).cells):
+        tags = {"parameters", "define", *also} & set(cell.metadata.get("tags", []))
+        if cell.cell_type == "code" and tags:
+            if begin and tags & set(also):
+                begin = begin(names)
             source = f"{path}#{number}"
             lines = cell.source.splitlines(keepends=True)
             linecache.cache[source] = (len(cell.source), None, lines, source)
@@ -246,6 +251,41 @@ def procedure(study: str, given: dict) -> dict:
             if "parameters" in tags:
                 names.update(given)
     return names
+
+
+def train(study: str, given: dict, workers: int | None = None, only: str = "") -> spread.Plan:
+    """Train what has no record, in this Python, by a study's cells tagged ``runs``.
+
+    With ``only``, runs of that name and what they need. What there is to train is found by going
+    through the cells once without training, as far as they lead, and said. Returns what was done.
+    """
+    plan, begun = spread.Plan(dry=True), []
+
+    def begin(names):
+        begun.append(names)
+        known = [name for name, one in names.items() if isinstance(one, RunFunction)]
+        if only and only not in known:
+            raise NotebookFailed(f"{study} has no run {only!r}; its runs: {', '.join(known)}")
+        names["study"].workers, names["study"].only, names["study"].plan = workers, only, plan
+
+    given = given | {"train_missing": True}
+    with suppress(Exception), redirect_stdout(io.StringIO()):  # it will come again below
+        procedure(study, given, ("runs",), begin)
+    plan.dry = False
+    try:
+        procedure(study, given, ("runs",), begin)
+    except (RunFailed, NotebookFailed, parameters.ParameterError):
+        raise
+    except Exception as error:
+        if plan.training or not only:
+            raise
+        why = f"{type(error).__name__}: {error}"
+        raise NotebookFailed(
+            f"{plan.trained} runs of {only} were trained; going on needs others first ({why})"
+        ) from error
+    if not begun:
+        raise NotebookFailed(f"{find(study).stem}.md has no cell tagged runs")
+    return plan
 
 
 def notice(study: Study) -> None:

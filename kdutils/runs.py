@@ -1,32 +1,25 @@
 """Runs: functions of plain arguments that are computed once and leave a record.
 
-Knows folders, keys, records and how to spread work; knows nothing of what is trained.
+Knows folders, keys and records; knows nothing of what is trained.
 """
 
-import ctypes
 import hashlib
 import inspect
 import itertools
 import json
 import math
-import os
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, partial
 from pathlib import Path
 
 import pandas as pd
 
-from kdutils import files, records
+from kdutils import files, records, spread
 
 SCALES = ("smoke", "laptop", "paper")
-KILLED = "a worker was killed, most often for want of memory; what is finished is kept"
-_ONE_AT_A_TIME = threading.Lock()  # a process has one random state and one number of threads
 
 
 class RunFailed(RuntimeError):
@@ -49,14 +42,19 @@ class Study:
 
     ``engine`` says where :meth:`map` computes: ``serial``, ``processes``, ``dask`` (a cluster of
     this machine's cores) or the address of a Dask scheduler. Every run uses ``threads`` threads,
-    wherever it is computed, because the last bits of a result depend on their number.
+    wherever it is computed, because the last bits of a result depend on their number. How many go
+    side by side on this machine is ``workers``, or :func:`spread.workers` where that is None.
     With ``train=False`` only published records are read, so that the same is shown on every
     machine. ``smoke`` reads no records: it trains.
     """
 
-    def __init__(self, name: str, *, scale: str, engine="processes", threads=1, train=True):
+    def __init__(
+        self, name: str, *, scale: str, engine="processes", threads=1, train=True, workers=None
+    ):
         self.name, self.scale, self.engine = name, scale, engine
         self.threads, self.train = threads, train or scale == "smoke"
+        self.workers, self.sharing = workers, 1  # sharing: of a run that is being computed
+        self.only, self.plan = "", None  # see notebooks.train
         self.records: list[Record] = []
         self.commit, self.register = records.commit(), records.register(name)
         self._scratch = tempfile.TemporaryDirectory() if scale == "smoke" else None
@@ -86,14 +84,14 @@ class Study:
         """
         found = {run.key(a): run.find(a) for a in arguments}
         missing = [a for a in arguments if found[run.key(a)] is None]
-        if missing and self.train:
-            _announce(self, run, missing)
-            for record in _spread(self, run, missing):
-                found[record.content["key"]] = record
-        elif missing:
+        if (missing or self.plan) and self.train and self.only in ("", run.name):
+            for content in (self.plan or spread.Plan()).compute(run, arguments, missing):
+                folder = run.folder(content["arguments"])
+                found[content["key"]] = Record(content, folder, run)
+        elif missing and not self.plan:
             print(f"{run.name}: {len(missing)} of {len(arguments)} runs have no record yet")
         done = [record for record in found.values() if record is not None]
-        if not done and not optional:
+        if not done and not (optional or self.only or (self.plan and self.plan.dry)):
             raise RunFailed(f"no run of {run.name!r} has a record: let them be trained")
         failed = [r for r in done if r.content["status"] == "failed"]
         if failed and not failing:
@@ -120,7 +118,7 @@ class Study:
     def __getstate__(self):
         """What a worker needs; the scratch folder stays with the study that made it."""
         far = "://" in self.engine and self.folder == self._own_folder()
-        own = {"_scratch": None, "records": []} | ({"folder": None} if far else {})
+        own = {"_scratch": None, "records": [], "plan": None} | ({"folder": None} if far else {})
         return self.__dict__ | own
 
     def __setstate__(self, state):
@@ -314,6 +312,7 @@ class RunFunction:
             "begun": begun.isoformat(timespec="seconds"),
             "seconds": round(sum(r["seconds"] for r in history) if history else wall, 1),
             "peak_memory_mb": records.peak_memory_mb(),
+            "workers": self.study.sharing,
             **made_with,
             "commit": self.study.commit,
             "register": self.study.register,
@@ -329,83 +328,3 @@ def _failure(record: Record) -> str:
         f"run {record.content['key']} ({record.content['run']} {record.arguments}) failed: "
         f"{record.results['error']}; change its arguments, or delete {record.folder} to try again"
     )
-
-
-def _announce(study: Study, run: RunFunction, missing: list[dict]) -> None:
-    text = f"{run.name}: {len(missing)} runs to train"
-    like = study.folder.glob(f"{run.name}-*/record.json")
-    shared = study.published.glob(f"{run.name}-*.json") if study.published else []
-    contents = [c for c in map(records.read, [*like, *shared]) if c and c["scale"] == study.scale]
-    known = [c["made"]["seconds"] for c in contents]
-    if known:
-        workers = _workers(study)
-        minutes = sum(known) / len(known) * math.ceil(len(missing) / workers) / 60
-        side_by_side = f" {workers} at a time," if workers > 1 else ""
-        text += f",{side_by_side} about {minutes:.0f} minutes (as its {len(known)} records say)"
-    print(text)
-
-
-def _workers(study: Study) -> int:
-    """How many runs this machine computes side by side; what a far cluster does is not known."""
-    import joblib
-    import torch
-
-    if study.engine == "serial" or "://" in study.engine or torch.cuda.is_available():
-        return 1
-    return max(1, joblib.cpu_count() // study.threads)
-
-
-def _spread(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[Record]:
-    """Compute the runs where the study's engine says, and yield their records as they end."""
-    from tqdm.auto import tqdm
-
-    for content in tqdm(_contents(study, run, missing), run.name, len(missing), unit="run"):
-        folder = run.folder(content["arguments"])
-        if not (folder / "record.json").exists():  # a worker with a disk of its own
-            files.write(folder / "record.json", json.dumps(content, indent=1))
-        yield Record(content, folder, run)
-
-
-def _contents(study: Study, run: RunFunction, missing: list[dict]) -> Iterable[dict]:
-    if study.engine in ("serial", "processes"):
-        import joblib
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
-
-        backend = "loky" if study.engine == "processes" else "sequential"
-        spread = joblib.Parallel(_workers(study), backend, return_as="generator_unordered")
-        here = os.getpid()
-        try:
-            yield from spread(joblib.delayed(_compute)(run, a, here) for a in missing)
-        except TerminatedWorkerError:
-            raise RunFailed(KILLED) from None
-        return
-    from dask.distributed import Client, as_completed
-
-    here = dict(n_workers=_workers(study), threads_per_worker=1)
-    with Client(**here) if study.engine == "dask" else Client(study.engine) as client:
-        futures = client.map(partial(_compute, run), missing, pure=False)
-        yield from (content for _, content in as_completed(futures, with_results=True))
-
-
-def _compute(run: RunFunction, arguments: dict, parent: int | None = None) -> dict:
-    if parent not in (None, os.getpid()):
-        _end_with(parent)
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ and sys.platform == "linux":
-        # Dask has its workers give freed memory back at once. That is each step's: it would be
-        # faulted in anew, page by page, and two workers would wait for one kernel.
-        for option, value in {-1: 2**31 - 1, -3: 2**25}.items():  # M_TRIM_, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
-    with _ONE_AT_A_TIME:
-        return run.compute(arguments).content
-
-
-@cache
-def _end_with(parent: int) -> None:
-    """Have this worker end when its parent has, be it killed: nobody waits for what it computes."""
-
-    def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
