@@ -51,8 +51,7 @@ def stoppable():
         received.append(signum)
         raise KeyboardInterrupt
 
-    signals = [getattr(signal, n, signal.SIGINT) for n in ("SIGINT", "SIGTERM", "SIGHUP")]
-    before = {s: signal.getsignal(s) for s in signals}
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, stop)

@@ -15,7 +15,13 @@ import platformdirs
 
 def cache_folder(variable: str, name: str) -> Path:
     """The folder named by the environment ``variable``, else ``name`` in the user's cache."""
-    return Path(os.environ.get(variable) or platformdirs.user_cache_path("kdutils") / name)
+    if os.environ.get(variable):
+        return Path(os.environ[variable])
+    try:
+        return platformdirs.user_cache_path("kdutils") / name
+    except RuntimeError:  # no $HOME, and nobody knows this user
+        why = f"there is no home folder to keep {name} in: name a folder by ${variable}"
+        raise OSError(why) from None
 
 
 def write(path: Path, content: bytes | str) -> None:

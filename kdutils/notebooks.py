@@ -20,9 +20,10 @@ from kdutils.runs import SCALES, RunFailed, RunFunction, Study
 FOLDER = PROJECT / "notebooks"
 OUTCOMES = ("index", "verdicts")  # pages that read what the studies' pages store; synced last
 DIED = (
-    "the notebook's kernel was killed, most often for want of memory; what is finished is kept, "
-    "and the same command goes on"
+    "was killed, most often for want of memory; what is finished is kept, and the same command "
+    "goes on"
 )
+KERNEL_FOLDERS = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")  # else in $HOME
 
 
 class UnknownStudy(ValueError):
@@ -114,11 +115,9 @@ def _kernel() -> Iterator[type]:
             super().__init__(**options)
 
         async def _async_launch_kernel(self, command, **options):
-            options["env"] = (options.get("env") or dict(os.environ)) | {
-                "IPYTHONDIR": f"{folder}/ipython",
-                "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-                "TMPDIR": str(folder),
-            }
+            own = dict.fromkeys((*KERNEL_FOLDERS, "TMPDIR"), str(folder))
+            own["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+            options["env"] = (options.get("env") or dict(os.environ)) | own
             await super()._async_launch_kernel(command, **options)
             started.append(self.provisioner.process)
 
@@ -128,9 +127,10 @@ def _kernel() -> Iterator[type]:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise
     except RuntimeError as error:  # nbclient's or jupyter_client's
-        if str(error).startswith("Kernel died"):
-            raise NotebookFailed(DIED) from None
-        raise
+        if not str(error).startswith("Kernel died"):
+            raise
+        why = "did not start; why is said above" if "replying" in str(error) else DIED
+        raise NotebookFailed(f"the notebook's kernel {why}") from None
     finally:
         for process in started:
             _end(process)

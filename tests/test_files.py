@@ -201,3 +201,14 @@ def test_the_cache_folder_is_the_variables_or_the_users(monkeypatch, tmp_path):
     assert files.cache_folder("KDUTILS_DATA", "data") == expected
     monkeypatch.delenv("KDUTILS_DATA")
     assert files.cache_folder("KDUTILS_DATA", "data") == expected
+
+
+def test_without_a_home_folder_a_sentence_names_the_variable(monkeypatch, tmp_path):
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}[0])  # no entry for this user
+    monkeypatch.delenv("KDUTILS_DATA")
+    with pytest.raises(OSError, match=r"no home folder to keep data in: .* \$KDUTILS_DATA"):
+        files.cache_folder("KDUTILS_DATA", "data")
+    monkeypatch.setenv("KDUTILS_DATA", str(tmp_path))
+    assert files.cache_folder("KDUTILS_DATA", "data") == tmp_path

@@ -256,15 +256,38 @@ def test_where_there_are_no_notebooks_a_sentence_says_so(tmp_path):
         assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_engine_that_is_not_installed_is_named(folder, tmp_path):
+@pytest.fixture
+def first(tmp_path):
+    """What makes every Python that a test starts run some lines first."""
+
+    def make(lines: str) -> str:
+        (tmp_path / "first").mkdir()
+        (tmp_path / "first" / "sitecustomize.py").write_text(lines, encoding="utf-8")
+        return f"{tmp_path / 'first'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+    return make
+
+
+def test_an_engine_that_is_not_installed_is_named(folder, first):
     study(folder, PARAMETERS, CHECK)
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "sitecustomize.py").write_text(
-        "import sys\nsys.modules['distributed'] = sys.modules['dask'] = None\n", encoding="utf-8"
-    )
-    path = f"{tmp_path / 'hidden'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    path = first("import sys\nsys.modules['distributed'] = None")
     said = last_line(folder, "--engine", "dask", PYTHONPATH=path)
     assert "parameter engine is 'dask': it needs the extra `cluster`" in said
+
+
+def test_a_user_without_a_home_is_told_which_folder_to_name(folder, first, monkeypatch):
+    path = first("import pwd\npwd.getpwuid = lambda _: {}[0]")
+    for name in ("HOME", "XDG_CACHE_HOME", "KDUTILS_RUNS"):
+        monkeypatch.delenv(name, raising=False)
+    said = last_line(folder, PYTHONPATH=path)
+    assert "no home folder to keep runs in: name a folder by $KDUTILS_RUNS" in said
+    last_line(folder, code=0, PYTHONPATH=path, KDUTILS_RUNS=str(folder / "runs"))
+
+
+def test_a_kernel_that_does_not_start_is_one_sentence(folder, first):
+    path = first("import os, sys\nif 'ipykernel_launcher' in sys.orig_argv: os._exit(1)")
+    said = last_line(folder, PYTHONPATH=path)
+    assert said == "kdutils: the notebook's kernel did not start; why is said above"
 
 
 # Locales, other repositories
