@@ -59,7 +59,7 @@ def network(run, seed):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=True)
 
     def loss(model, batch):
-        with open(run.folder / "log", "a") as log:
+        with open(run.folder / "log", "a", encoding="utf-8") as log:
             log.write(f"{batch.epoch}\\n")
         time.sleep(600 * (os.environ.get("TINY_REST") == str(batch.epoch)))
         return cross_entropy(model(batch.images), batch.labels)
@@ -236,7 +236,10 @@ def test_own_records_tell_more_than_published_ones(tiny):
     train({"seeds": [0]})
     records.publish("tiny")
     for path in (tiny / "records" / "tiny").glob("*.json"):
-        path.write_text(path.read_text().replace('"seconds": ', '"seconds": 9'))
+        path.write_text(
+            path.read_text(encoding="utf-8").replace('"seconds": ', '"seconds": 9'),
+            encoding="utf-8",
+        )
     study = runs.Study("tiny", scale="laptop")
     assert {made[0]["seconds"] < 1 for made in spread.past(study).values()} == {True}
     study.folder = tiny / "elsewhere"
@@ -274,7 +277,7 @@ def test_stopped_it_says_so_leaves_no_process_and_goes_on_from_the_last_epoch(ti
         assert "Traceback" not in said
         assert not any(map(_alive, workers))
         assert list(records.runs_folder().rglob("*.partial")) == made("network") == []
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stderr
     assert "network: 2 runs to train, 2 at a time\n" in done.stdout
     assert "trained 2 runs in " in done.stdout
@@ -287,7 +290,11 @@ def test_stopped_it_says_so_leaves_no_process_and_goes_on_from_the_last_epoch(ti
 def _logs() -> list[list[int]]:
     """Of each run the epochs that its steps were of."""
     paths = (records.runs_folder() / "tiny").glob("network-*/log")
-    return [found for path in paths if (found := list(map(int, path.read_text().split())))]
+    return [
+        found
+        for path in paths
+        if (found := list(map(int, path.read_text(encoding="utf-8").split())))
+    ]
 
 
 def _alive(process: psutil.Process) -> bool:
