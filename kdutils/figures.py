@@ -96,7 +96,8 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
         ax.plot(mean, y + 0.06, edge, color=colour, markersize=8, **hollow)
         if row["margins"]["effect"] is not None:
             effect = _clipped(row["margins"]["effect"], reach)
-            ax.plot(effect, y + 0.06, "D", markerfacecolor="none", color="black", markersize=7)
+            edge = {-reach: "<", reach: ">"}.get(effect, "D")
+            ax.plot(effect, y + 0.06, edge, markerfacecolor="none", color="black", markersize=7)
     ax.set(ylim=(len(rows) - 0.45, -0.55), xlim=(-reach - 0.1, reach + 0.1), yticks=[])
     ax.set_xlabel("beyond the bound, in margins  (◇ the paper's effect)", size=9)
     ax.tick_params(labelsize=9)

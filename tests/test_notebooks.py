@@ -1,6 +1,7 @@
 """Studies as notebooks: every one of them from nothing at `smoke`, wrong parameters, claims."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -11,11 +12,10 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
-import pandas as pd
 import pytest
 import yaml
 
-from kdutils import notebooks, parameters, records, runs
+from kdutils import claims, notebooks, parameters, records, runs
 
 KDUTILS = [sys.executable, "-m", "kdutils"]
 ROOT = records.PROJECT
@@ -47,18 +47,20 @@ def test_smoke_trains_everything_without_a_network(study, tmp_path):
     (path,) = tmp_path.glob("*.smoke.ipynb")
     cells = nbformat.read(path, as_version=4).cells
     found = [
-        o.data[notebooks.CLAIMS]
+        o.data[claims.MIME]
         for c in cells
         for o in c.get("outputs", [])
-        if notebooks.CLAIMS in o.get("data", {})
+        if claims.MIME in o.get("data", {})
     ]
     (rows,) = found
-    table = pd.read_csv(ROOT / "data" / "claims.csv")
-    assert {row["id"] for row in rows} == set(table[table.study == study].id)
+    registered = {c.id: c for c in claims.registered().values() if c.study == study}
+    assert [row["id"] for row in rows] == list(registered)
     for row in rows:
         assert row["scale"] == "smoke"
-        assert row["low"] <= row["estimate"] <= row["high"]
-        assert row["verdict"]
+        assert list(row["parts"]) == list(registered[row["id"]].rules)
+        for part in row["parts"].values():
+            assert part["values"], row["id"]
+            assert all(map(math.isfinite, part["values"].values()))
 
 
 @pytest.mark.parametrize("study", notebooks.studies())
@@ -179,20 +181,6 @@ def test_absent_data_without_a_network_says_what_helps(tmp_path, monkeypatch):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert "python -m kdutils data get cifar10" in run.stderr
     assert "KDUTILS_DATA" in run.stderr
-
-
-def test_claims_lists_every_claim_with_null_where_there_is_no_record():
-    rows = json.loads(kdutils("claims", "--json").stdout)
-    table = pd.read_csv(ROOT / "data" / "claims.csv")
-    assert [row["id"] for row in rows] == table.id.tolist()
-    keys = ["id", "study", "paper_value", "estimate", "low", "high", "seeds", "scale", "verdict"]
-    for row in rows:
-        assert list(row) == keys
-        numbers = [row[key] for key in keys[3:]]
-        assert all(n is None for n in numbers) or None not in numbers
-        if row["verdict"]:
-            assert row["low"] <= row["estimate"] <= row["high"]
-            assert row["seeds"] >= 2
 
 
 def test_scales_change_parameters_that_exist():

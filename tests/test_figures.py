@@ -1,0 +1,57 @@
+"""The plots of verdicts: everything is drawn, nothing sticks out."""
+
+import matplotlib.pyplot as plt
+import pytest
+
+from kdutils import figures, verdicts
+
+
+def row(name, word, **more):
+    margins = {"mean": 0.5, "low": 0.1, "high": 0.9, "effect": None}
+    common = {"id": f"{name}-1", "study": name, "verdict": word, "part": "", "margins": margins}
+    common |= {"statement": "It holds", "mean": 0.01, "low": 0.0, "high": 0.02, "unit": "points"}
+    return common | {"found": 3, "seeds": 3} | more
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    figures.style()
+    yield
+    plt.close("all")
+
+
+def texts(ax):
+    return [text.get_text() for text in ax.texts]
+
+
+def test_tally_counts_every_claim_once():
+    rows = [row(study, word) for study in ("a", "b") for word in (*verdicts.WORDS, None)]
+    rows += [row("b", "reversed")] * 4
+    ax = figures.tally(rows)
+    assert sum(map(int, texts(ax))) == len(rows) == sum(bar.get_width() for bar in ax.patches)
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    named = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert named == {*verdicts.WORDS, "no verdict"}
+
+
+def test_forest_says_every_word_and_number_within_its_frame():
+    long = "x" * 9 + " distilled student beats the same student that was trained on the labels only"
+    rows = [row("concierge", word, statement=long) for word in verdicts.WORDS]
+    rows += [row("a", None, mean=None, margins=None, found=1, statement="short")]
+    ax = figures.forest(rows)
+    ax.figure.canvas.draw()
+    shown = texts(ax)
+    assert {*verdicts.WORDS, "no verdict", "1 of 3 seeds"} <= set(shown)
+    assert shown.count("+1.0 points (0.0 to 2.0)") == 5
+    right = ax.figure.bbox.x1
+    assert all(text.get_window_extent().x1 <= right for text in ax.texts)
+    assert max(text.count("\n") for text in shown) == 1, "two lines at most"
+
+
+def test_forest_draws_what_lies_beyond_its_reach_as_arrows():
+    far = {"mean": 9.0, "low": 8.0, "high": 10.0, "effect": -9.0}
+    ax = figures.forest([row("a", "replicated", margins=far), row("a", "reversed")])
+    drawn = [(line.get_marker(), line.get_xdata()[0]) for line in ax.lines]
+    assert (">", 4.5) in drawn
+    assert ("<", -4.5) in drawn
+    assert ("X", 0.5) in drawn
