@@ -6,6 +6,7 @@ A frame is what :meth:`runs.Study.map` returns: one row a run and epoch, with th
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import mean
 
 import pandas as pd
 
@@ -37,10 +38,14 @@ class Found:
         return Found(values, {s: self.sources[s] + other.sources[s] for s in values.index}, name)
 
     def as_dict(self) -> dict:
-        """Plain numbers, seeds as text, as they are stored in a notebook's output."""
+        """Plain numbers, seeds as text, as they are stored in a notebook's output.
+
+        By the mean a changed value is noticed, even one that only a notebook's function makes.
+        """
         seeds = sorted(self.values.index)
         return {
             "how": self.how,
+            "mean": mean(map(float, self.values)) if seeds else None,
             "values": {str(seed): float(self.values[seed]) for seed in seeds},
             "from": {str(seed): [list(source) for source in self.sources[seed]] for seed in seeds},
         }
