@@ -173,6 +173,7 @@ def sync(study: str = "") -> list[Path]:
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError
 
+    files.sweep(FOLDER)
     texts = {path: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
     sources = [path for path, text in texts.items() if "\nkernelspec:" in text]  # notes have none
     sources.sort(key=lambda path: (path.stem in OUTCOMES, path.stem))

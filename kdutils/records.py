@@ -65,6 +65,7 @@ def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Pat
     one's own never published: it may hold what people are recognised by.
     """
     written = []
+    files.sweep(published_folder() / study)
     for path in sorted((runs_folder() / study).glob("*/record.json")):
         content = read(path)
         # What diverged was tried too.

@@ -218,6 +218,10 @@ def test_what_a_killed_process_was_writing_is_swept_when_a_run_begins(folders):
     (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
     tiny_study()  # though this run has its record, and is never computed again
     assert not list(folder.glob("*.partial"))
+    records.publish("tiny")
+    (folders / "records" / "tiny" / f"record.json.{owner}-1.partial").touch()
+    records.publish("tiny")
+    assert not list((folders / "records").rglob("*.partial"))
 
 
 def test_two_processes_that_want_one_run_share_one_result(folders):
