@@ -79,7 +79,7 @@ class Plan:
             line = f"{kind}: {n} run{'s' * (n > 1)} to train" + f", {share} at a time" * (share > 1)
             if self.past.get(kind):
                 seconds = estimate([(kind, share)] * n, self.past)
-                line += f", about {duration(seconds)} (as {len(self.past[kind])} records say)"
+                line += f", about {duration(seconds)}"
             lines.append(line + ", without those that they need" * bool(only))
         if len(lines) > 1:
             seconds = estimate(new.values(), self.past)

@@ -125,7 +125,7 @@ def test_what_has_no_record_is_trained_and_announced_and_nothing_else(tiny, caps
     before = made("teacher") + made("student")
     assert train({"seeds": [0, 1, 2]}).trained == 2
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith("teacher: 1 run to train, about 0 s (as 2 records say)")
+    assert said[0].startswith("teacher: 1 run to train, about 0 s")
     after = made("teacher") + made("student")
     assert [c for c in after if c["arguments"]["seed"] < 2] == before
     assert len(after) == 6
@@ -156,6 +156,22 @@ def test_a_notebook_without_runs_says_so(tiny):
     notebook(tiny, DEFINE)
     with pytest.raises(notebooks.NotebookFailed, match=r"9-tiny\.md has no cell tagged runs"):
         train()
+
+
+@pytest.mark.parametrize("study", notebooks.studies())
+def test_the_cells_tagged_runs_go_on_in_plain_python_where_no_run_has_a_record(study):
+    plan = spread.Plan(dry=True)
+
+    def begin(names):
+        names["study"].plan = plan
+
+    given = notebooks.scale_parameters(study, "smoke") | {"train_missing": True}
+    names = notebooks.procedure(study, given, ("runs",), begin)
+    used = {kind for kind, *_ in plan.calls}
+    known = {name for name, one in names.items() if isinstance(one, runs.RunFunction)}
+    assert known - used <= {"pretraining"}, (
+        "every run is trained, but one that smoke does not ask for"
+    )
 
 
 # Side by side
