@@ -169,13 +169,13 @@ def workers(study, made: list[dict]) -> int:
     On a graphics card half as many as there are cores, otherwise one a core (or as many cores as a
     run has threads); fewer where the memory that such runs took (``made``) leaves no room.
     """
-    import joblib
-    import torch
-
     if study.engine == "serial" or "://" in study.engine:
         return 1
     if study.workers:
         return study.workers
+    import joblib
+    import torch
+
     most = joblib.cpu_count() // (2 if torch.cuda.is_available() else study.threads)
     peak = max((m["peak_memory_mb"] for m in made), default=0)
     return max(1, min(most, _memory_mb() // peak if peak else most))
