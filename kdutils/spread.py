@@ -79,7 +79,7 @@ class Plan:
             line = f"{kind}: {n} run{'s' * (n > 1)} to train" + f", {share} at a time" * (share > 1)
             if self.past.get(kind):
                 seconds = estimate([(kind, share)] * n, self.past)
-                line += f", about {duration(seconds)} (as {len(self.past[kind])} records say)"
+                line += f", about {duration(seconds)}"
             lines.append(line + ", without those that they need" * bool(only))
         if len(lines) > 1:
             seconds = estimate(new.values(), self.past)
@@ -169,13 +169,13 @@ def workers(study, made: list[dict]) -> int:
     On a graphics card half as many as there are cores, otherwise one a core (or as many cores as a
     run has threads); fewer where the memory that such runs took (``made``) leaves no room.
     """
-    import joblib
-    import torch
-
     if study.engine == "serial" or "://" in study.engine:
         return 1
     if study.workers:
         return study.workers
+    import joblib
+    import torch
+
     most = joblib.cpu_count() // (2 if torch.cuda.is_available() else study.threads)
     peak = max((m["peak_memory_mb"] for m in made), default=0)
     return max(1, min(most, _memory_mb() // peak if peak else most))
