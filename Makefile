@@ -36,7 +36,7 @@ env: .venv/.stamp ## make the environment in .venv, once
 	@touch $@
 
 test: env ## run every test: unit, house, notebooks, book, stored outputs
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadgroup \
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile \
 		--nbval --nbval-current-env --nbval-cell-timeout=600 tests $(PAGES)
 
 book: env ## build the book from the notebooks' stored outputs

@@ -21,15 +21,20 @@ def pytest_configure():
 
 
 # Long tests, each of which sets up its own: several workers share these files.
-DIVIDED = {"test_notebooks.py", "test_runs.py", "test_stopping.py"}
+DIVIDED = ("test_notebooks.py", "test_runs.py", "test_stopping.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Other files go to one worker each, for what they set up; so do a notebook's cells."""
-    for item in items:
-        if item.path.name not in DIVIDED:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return nodeid if file.endswith(DIVIDED) else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
