@@ -21,7 +21,7 @@ def pytest_configure():
 
 
 # Long tests, each of which sets up its own: several workers share these files.
-DIVIDED = ("test_notebooks.py", "test_runs.py", "test_stopping.py")
+DIVIDED = ("test_notebooks.py", "test_runs.py", "test_spread.py", "test_stopping.py")
 
 
 @pytest.hookimpl(optionalhook=True)

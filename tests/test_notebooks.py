@@ -168,7 +168,7 @@ def test_the_command_line_says_what_is_wrong_in_one_sentence(words, sentence):
     assert run.stderr.strip().splitlines()[-1].startswith(f"kdutils: {sentence}")
 
 
-@pytest.mark.parametrize("command", ["run", "data", "publish", "verify", "claims"])
+@pytest.mark.parametrize("command", ["run", "train", "data", "publish", "verify", "claims"])
 def test_every_command_has_help(command):
     run = kdutils(command, "--help")
     assert run.returncode == 0
@@ -250,7 +250,9 @@ def test_verify_trains_a_published_run_again_and_finds_a_changed_digit(tmp_path,
     names = notebooks.procedure("eskd", {"scale": "laptop", "train_missing": True})
     setting = {"dataset": "digits", "validation": 200, "batch_size": 100, "stem": "imagenet"}
     setting |= {"epochs": 2, "milestones": [1], "lr": 0.02, "network": "resnet10", "seed": 0}
+    setting["augmentation"] = "flips"
     taught = {"teacher_network": "resnet10", "snapshot": 1, "kd_epochs": 1}
+    taught |= {"teacher_augmentation": "flips", "teacher_lr": 0.02}
     names["student"](temperature=4.0, alpha=0.9, **taught, **setting)
     (path,) = [p for p in records.publish("eskd") if p.name.startswith("student")]
     key = path.stem.partition("-")[2]
