@@ -115,17 +115,17 @@ def test_a_copy_beside_a_study_is_no_study_and_a_note_no_notebook(tmp_path, monk
 
 
 def test_a_page_whose_records_are_elsewhere_says_so_in_one_sentence(tmp_path, monkeypatch):
-    shown, study = [], partial(runs.Study, "eskd", scale="paper", train=False)
+    shown, study = [], partial(runs.Study, "vid", scale="paper", train=False)
     monkeypatch.setattr("IPython.display.display", lambda markdown: shown.append(markdown.data))
     monkeypatch.setenv("KDUTILS_RECORDS", str(ROOT / "data" / ".." / "data" / "records"))
     notebooks.notice(study())
     assert shown == []  # the repository's own, however they are named
     monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path))
     notebooks.notice(study())
-    (tmp_path / "eskd").mkdir()
-    (tmp_path / "eskd" / "teacher-0.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "vid").mkdir()
+    (tmp_path / "vid" / "alone-0.json").write_text("{}", encoding="utf-8")
     notebooks.notice(study())
-    where = f"`{tmp_path / 'eskd'}`, which `$KDUTILS_RECORDS` names."
+    where = f"`{tmp_path / 'vid'}`, which `$KDUTILS_RECORDS` names."
     assert shown == [
         f"**This page shows no record of {where}**",
         f"**This page shows the records of {where}**",
