@@ -26,6 +26,10 @@ app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(program.app, name="concierge", no_args_is_help=True)
 
 Study = Annotated[str, typer.Argument(help="A study's name, e.g. eskd.")]
+AnyStudy = Annotated[str, typer.Argument(help="A study's name; all if left out.")]
+Scale = Annotated[str, typer.Option(help="smoke, laptop or paper.")]
+Given = Annotated[list[str], typer.Option("--parameter", "-p", help="name=value, value in YAML.")]
+EXECUTED, SCALES = Path("_build/notebooks"), ("laptop", "paper")
 EXPECTED = (
     claims_room.ClaimError,
     data.DataError,
@@ -69,25 +73,19 @@ def stoppable():
 @app.command()
 @stoppable()
 def run(
-    study: Annotated[str, typer.Argument(help="A study's name; all studies if left out.")] = "",
-    scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")] = "smoke",
+    study: AnyStudy = "",
+    scale: Scale = "smoke",
     engine: Annotated[
         str, typer.Option(help="serial, processes, dask, or a Dask scheduler's address.")
     ] = "",
-    parameter: Annotated[
-        list[str], typer.Option("--parameter", "-p", help="name=value, the value as YAML.")
-    ] = [],  # noqa: B006 - Typer reads the default, nothing changes it
-    output: Annotated[Path, typer.Option(help="Folder for the executed notebooks.")] = Path(
-        "_build/notebooks"
-    ),
+    parameter: Given = (),
+    output: Annotated[Path, typer.Option(help="Folder for the executed notebooks.")] = EXECUTED,
 ):
     """Run a study's notebook at a scale, training what has no record; prints where it is."""
-    given = dict(_parameter(text) for text in parameter)
+    given = dict(map(_parameter, parameter)) | ({"engine": engine} if engine else {})
     for name in [study] if study else notebooks.studies():
         path = notebooks.find(name)
         values = notebooks.scale_parameters(name, scale) | given
-        if engine:
-            values["engine"] = engine
         print(notebooks.run(name, values, output / f"{path.stem}.{scale}.ipynb"))
 
 
@@ -95,20 +93,17 @@ def run(
 @stoppable()
 def train(
     study: Study,
-    scale: Annotated[str, typer.Option(help="smoke, laptop or paper.")],
+    scale: Scale,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Runs side by side; by default what fits.")
     ] = None,
     only: Annotated[str, typer.Option(help="Train runs of this name, and what they need.")] = "",
-    parameter: Annotated[
-        list[str], typer.Option("--parameter", "-p", help="name=value, the value as YAML.")
-    ] = [],  # noqa: B006 - Typer reads the default, nothing changes it
+    parameter: Given = (),
 ):
     """Train what has no record, without Jupyter; interrupted, the same command goes on."""
     notebooks.find(study)
     given = notebooks.scale_parameters(study, scale) | dict(map(_parameter, parameter))
-    done = notebooks.train(study, given, workers, only)
-    print(done.summary())
+    print(notebooks.train(study, given, workers, only).summary())
 
 
 def _parameter(text: str) -> tuple[str, object]:
@@ -153,9 +148,8 @@ def data_import(
 
 
 def _say(path: Path, skipped: list[str]) -> None:
-    for line in skipped:
-        print(f"skipped {line}")
-    print(f"{len(skipped)} pictures skipped\n{path}")
+    lines = [f"skipped {line}" for line in skipped]
+    print(*lines, f"{len(skipped)} pictures skipped", path, sep="\n")
 
 
 @data_app.command("where")
@@ -167,10 +161,7 @@ def data_where():
 @app.command()
 def publish(
     study: Study,
-    scale: Annotated[list[str], typer.Option(help="Scales whose records are published.")] = (
-        "laptop",
-        "paper",
-    ),
+    scale: Annotated[list[str], typer.Option(help="Scales whose records are published.")] = SCALES,
 ):
     """Copy this machine's records of a study into data/records, to be committed."""
     notebooks.find(study)
@@ -194,12 +185,10 @@ def verify(
     notebooks.find(study)
     found = records.published(study)
     chosen = [c for c in found if c["key"].startswith(key)] if key else found
+    if key and not chosen:
+        raise runs.RunFailed(f"no published record of {study} with key {key!r}")
     if not chosen:
-        raise runs.RunFailed(
-            f"no published record of {study} with key {key!r}"
-            if key
-            else f"{study} has no published records in {records.published_folder()}"
-        )
+        raise runs.RunFailed(f"{study} has no published records in {records.published_folder()}")
     if not key:
         chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
     sound = True
@@ -218,12 +207,9 @@ def verify(
 
 @app.command()
 @stoppable()
-def sync(
-    study: Annotated[str, typer.Argument(help="A study's name; all notebooks if left out.")] = "",
-):
+def sync(study: AnyStudy = ""):
     """Carry an edited notebook's .md over to its .ipynb, and run that from published records."""
-    for path in notebooks.sync(study):
-        print(path)
+    print(*notebooks.sync(study), sep="\n")
 
 
 @app.command()
@@ -232,10 +218,8 @@ def claims(
 ):
     """Every registered claim with its verdict, from the notebooks' stored values."""
     found = claims_room.of_notebooks()
-    if as_json:
-        print(json.dumps(found, indent=1, ensure_ascii=False))
-        return
-    print(*map(claims_room.line, found), sep="\n")
+    as_text = json.dumps(found, indent=1, ensure_ascii=False)
+    print(as_text if as_json else "\n".join(map(claims_room.line, found)))
 
 
 def main():
@@ -244,16 +228,12 @@ def main():
     try:
         app()
     except Stopped as error:
-        typer.echo(
-            "kdutils: stopped; what is finished is kept, and the same command goes on", err=True
-        )
+        what_now = "what is finished is kept, and the same command goes on"
+        typer.echo(f"kdutils: stopped; {what_now}", err=True)
         raise SystemExit(128 + error.args[0]) from None
-    except EXPECTED as error:
+    except (*EXPECTED, OSError) as error:
         typer.echo(f"kdutils: {error}", err=True)
-        raise SystemExit(2) from None
-    except OSError as error:
-        typer.echo(f"kdutils: {error}", err=True)
-        raise SystemExit(1) from None
+        raise SystemExit(1 if isinstance(error, OSError) else 2) from None
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from kdutils.results import Found
 from kdutils.verdicts import Rule
 
 REGISTER = PROJECT / "data" / "claims.csv"
-COLUMNS = "id study source statement quantity paper_value kind parts bound effect margin unit seeds"
-COLUMNS = COLUMNS.split()
+TEXTS = ("id", "study", "source", "statement", "quantity", "paper_value", "kind", "unit")
+COLUMNS = (*TEXTS[:-1], "parts", "bound", "effect", "margin", "unit", "seeds")
 MIME = "application/vnd.kdutils.claims+json"  # of the values in a notebook's output
 UNITS = {  # how a value is said: factor, digits, what stands behind it
     "points": (100, 1, " points"),
@@ -40,18 +40,15 @@ class ClaimError(ValueError):
 class Claim:
     """One row of the register. ``rules`` has one rule a part; ``need`` of them have to hold.
 
-    ``need`` is None where all have to. A claim without parts has one, named "".
+    ``need`` is None where all have to. A claim without parts has one, named "". ``texts`` are the
+    row's fields that hold no number.
     """
 
     id: str
     study: str
-    source: str
-    statement: str
-    quantity: str
-    paper_value: str
     kind: str
-    unit: str
     seeds: int
+    texts: dict[str, str]
     rules: dict[str, Rule]
     need: int | None
 
@@ -62,10 +59,6 @@ def registered(path: Path | None = None) -> dict[str, Claim]:
     with open(path or REGISTER, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             name = row.get("id")
-            if absent := [column for column in COLUMNS if row.get(column) is None]:
-                raise ClaimError(f"claim {name}: it has no {absent[0]}.")
-            if None in row:
-                raise ClaimError(f"claim {name}: it has more fields than there are columns.")
             if name in found:
                 raise ClaimError(f"claim {name} is registered twice.")
             try:
@@ -77,19 +70,18 @@ def registered(path: Path | None = None) -> dict[str, Claim]:
 
 def _claim(row: dict) -> Claim:
     """Raises ValueError, saying what is wrong, for what no verdict could follow from."""
+    if absent := [column for column in COLUMNS if row.get(column) is None]:
+        raise ValueError(f"it has no {absent[0]}")
+    if None in row:
+        raise ValueError("it has more fields than there are columns")
     first, _, rest = row["kind"].partition(" ")
-    need, kind = None, row["kind"]
-    if first == "all":
-        kind = rest
-    elif first == "any":
+    need, kind = None, rest if first == "all" else row["kind"]
+    if first == "any":
         count, _, kind = rest.partition(" of ")
         need = int(_number("kind", count, whole=True))
     if kind not in verdicts.KINDS:
-        known = ", ".join(verdicts.KINDS)
-        raise ValueError(
-            f"unknown kind {row['kind']!r}; kinds: {known}, "
-            "and 'all …' or 'any 2 of …' before one of them"
-        )
+        known = f"{', '.join(verdicts.KINDS)}, and 'all …' or 'any 2 of …' before one of them"
+        raise ValueError(f"unknown kind {row['kind']!r}; kinds: {known}")
     if row["unit"] not in UNITS:
         raise ValueError(f"unknown unit {row['unit']!r}; units: {', '.join(UNITS)}")
     parts = row["parts"].split(";") if row["parts"] else [""]
@@ -122,8 +114,8 @@ def _claim(row: dict) -> Claim:
     for rule in rules.values():  # what is beyond the bound has to be a ratio too
         rule.scaled(rule.bound), rule.scaled(rule.reach(margin))
         rule.scaled(rule.reach(rule.effect or 0))
-    text = ("id", "study", "source", "statement", "quantity", "paper_value", "kind", "unit")
-    return Claim(*(row[name] for name in text), seeds=int(seeds), rules=rules, need=need)
+    texts = {name: row[name] for name in TEXTS}
+    return Claim(row["id"], row["study"], row["kind"], int(seeds), texts, rules, need)
 
 
 def _number(name: str, text: str, whole: bool = False) -> float:
@@ -158,9 +150,8 @@ def stored(study: str, scale: str, found: Mapping[str, Found | Mapping[str, Foun
         parts = found[name] if isinstance(found[name], Mapping) else {"": found[name]}
         if set(parts) != set(claim.rules):
             given, wanted = (", ".join(map(repr, sorted(x))) for x in (parts, claim.rules))
-            raise ClaimError(
-                f"claim {name}: its parts are {wanted}, but runs are given for {given}."
-            )
+            why = f"its parts are {wanted}, but runs are given for {given}"
+            raise ClaimError(f"claim {name}: {why}.")
         kept = {part: parts[part].as_dict() for part in claim.rules}
         _check_seeds(claim, kept)
         rows.append({"id": name, "scale": scale, "parts": kept})
@@ -186,8 +177,7 @@ def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
     decide, where it is inconclusive), ``margins`` (what :func:`figures.forest` draws).
     Raises :class:`ClaimError` for stored rows that the register does not admit.
     """
-    by_id, result, ps = {row["id"]: row for row in rows}, [], {}
-    known = registered()
+    by_id, result, ps, known = {row["id"]: row for row in rows}, [], {}, registered()
     if odd := sorted(by_id.keys() - known.keys()):
         raise ClaimError(f"values are stored for {odd[0]}, which is no registered claim.")
     for claim in known.values():
@@ -207,13 +197,12 @@ def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
 
 
 def _verdict(claim: Claim, parts: dict) -> dict:
-    values = {part: list(parts.get(part, {}).get("values", {}).values()) for part in claim.rules}
-    each = {
-        part: verdicts.judge(rule, values[part])
-        if len(values[part]) == claim.seeds
-        else verdicts.Verdict(None, n=len(values[part]))
-        for part, rule in claim.rules.items()
-    }
+    by_seed = {part: parts.get(part, {}).get("values", {}) for part in claim.rules}
+    values = {part: list(of_part.values()) for part, of_part in by_seed.items()}
+    each = {part: verdicts.Verdict(None, n=len(found)) for part, found in values.items()}
+    for part, rule in claim.rules.items():
+        if len(values[part]) == claim.seeds:
+            each[part] = verdicts.judge(rule, values[part])
     whole = verdicts.weakest(each, claim.need)
     rule = claim.rules[whole.part]
     sources = [s for part in parts.values() for of_seed in part["from"].values() for s in of_seed]
@@ -223,14 +212,14 @@ def _verdict(claim: Claim, parts: dict) -> dict:
         if whole.word == verdict.word == verdicts.INCONCLUSIVE
     ]
     return {
-        **{k: getattr(claim, k) for k in ("id", "study", "source", "statement", "quantity")},
-        **{k: getattr(claim, k) for k in ("paper_value", "kind", "unit", "seeds")},
+        **claim.texts,
+        "seeds": claim.seeds,
         **{k: getattr(rule, k) for k in ("bound", "upper", "margin", "effect")},
         "paper": None if rule.effect is None else rule.reach(rule.effect),
-        "values": parts.get(whole.part, {}).get("values", {}),
+        "values": by_seed[whole.part],
         "parts": {
             part: {"verdict": v.word, "mean": v.mean, "low": v.low, "high": v.high, "found": v.n}
-            | {"effect": claim.rules[part].effect, "values": parts.get(part, {}).get("values", {})}
+            | {"effect": claim.rules[part].effect, "values": by_seed[part]}
             for part, v in each.items()
         },
         "runs": sorted({key for key, *_ in sources}),
@@ -295,18 +284,15 @@ def table(rows: list[dict]) -> str:
         word = row["verdict"] or "no verdict"
         badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
         part = f"<br>({escape(row['part'])})" if row["part"] else ""
-        effect = "" if row["paper"] is None else said(row["paper"], row["unit"])
-        if row["effect_excluded"]:
-            effect += "<br>(excluded)"
-        seeds = f"{row['found']} of {row['seeds']}"
-        if row["needed"]:
-            seeds += f"<br>({row['needed']:,} would decide)"
+        effect = "–" if row["paper"] is None else said(row["paper"], row["unit"])
+        excluded = "<br>(excluded)" if row["effect_excluded"] else ""
+        needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
         return {
             "claim": f"{row['id']}<br>{badge}",
             "the paper says": escape(row["statement"]),
-            "its effect": effect or "–",
+            "its effect": effect + excluded,
             "ours (95 %)": (said_with_interval(row) if row["mean"] is not None else "–") + part,
-            "seeds": seeds,
+            "seeds": f"{row['found']} of {row['seeds']}{needed}",
             "Holm": {True: "yes", False: "no", None: "–"}[row["holm"]],
         }
 

@@ -19,10 +19,8 @@ from kdutils.runs import SCALES, RunFailed, RunFunction, Study
 
 FOLDER = PROJECT / "notebooks"
 OUTCOMES = ("index", "verdicts")  # pages that read what the studies' pages store; synced last
-DIED = (
-    "was killed, most often for want of memory; what is finished is kept, and the same command "
-    "goes on"
-)
+DIED = "was killed, most often for want of memory; what is finished is kept, and the same command "
+DIED += "goes on"
 KERNEL_FOLDERS = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")  # else in $HOME
 
 
@@ -71,9 +69,8 @@ def run(study: str, given: dict, output: Path) -> Path:
 
     path = find(study)
     known = list(papermill.inspect_notebook(path))
-    for name in given:
-        if name not in known:
-            raise parameters.ParameterError(parameters.unknown(name, known))
+    if odd := [name for name in given if name not in known]:
+        raise parameters.ParameterError(parameters.unknown(odd[0], known))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.touch()
@@ -81,10 +78,9 @@ def run(study: str, given: dict, output: Path) -> Path:
         why = f"{output} cannot be written ({error.strerror}): --output takes another folder"
         raise NotebookFailed(why) from None
     with _kernel() as kernel:
+        options = {"cwd": PROJECT, "kernel_manager_class": kernel}
         try:
-            papermill.execute_notebook(
-                path, output, given, cwd=PROJECT, kernel_manager_class=kernel
-            )
+            papermill.execute_notebook(path, output, given, **options)
         except papermill.PapermillExecutionError as error:
             raise NotebookFailed(f"{error.ename}: {error.evalue} (see {output})") from None
     return output
@@ -192,17 +188,15 @@ def sync(study: str = "") -> list[Path]:
             notebook = combine_inputs_with_outputs(notebook, old, fmt="ipynb")
         resources = {"metadata": {"path": str(FOLDER)}}
         with _kernel() as kernel:
-            client = NotebookClient(
-                notebook, record_timing=False, resources=resources, kernel_manager_class=kernel
-            )
+            options = {"resources": resources, "kernel_manager_class": kernel}
+            client = NotebookClient(notebook, record_timing=False, **options)
             try:
                 with client.setup_kernel():  # client.execute() would take signals for itself
                     told = client.wait_for_reply(client.kc.kernel_info())["content"]
                     notebook.metadata["language_info"] = told["language_info"]
                     for number, cell in enumerate(notebook.cells):
-                        client.execute_cell(
-                            cell, number, execution_count=client.code_cells_executed + 1
-                        )
+                        count = client.code_cells_executed + 1
+                        client.execute_cell(cell, number, execution_count=count)
                     client.set_widgets_metadata()
                 why = _figures_missing(notebook)
             except CellExecutionError as error:
@@ -280,10 +274,8 @@ def train(study: str, given: dict, workers: int | None = None, only: str = "") -
     except Exception as error:
         if plan.training or not only:
             raise
-        why = f"{type(error).__name__}: {error}"
-        raise NotebookFailed(
-            f"{plan.trained} runs of {only} were trained; going on needs others first ({why})"
-        ) from error
+        why = f"going on needs others first ({type(error).__name__}: {error})"
+        raise NotebookFailed(f"{plan.trained} runs of {only} were trained; {why}") from error
     if not begun:
         raise NotebookFailed(f"{find(study).stem}.md has no cell tagged runs")
     return plan

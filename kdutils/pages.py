@@ -111,9 +111,9 @@ def stored_answer(study: str) -> str:
 
     from kdutils import notebooks
 
-    for cell in nbformat.read(notebooks.find(study), as_version=4).cells:
-        if "answer" in cell.metadata.get("tags", []):
-            for output in cell.outputs:
-                if "text/markdown" in output.get("data", {}):
-                    return output["data"]["text/markdown"]
+    cells = nbformat.read(notebooks.find(study), as_version=4).cells
+    for cell in (c for c in cells if "answer" in c.metadata.get("tags", [])):
+        for output in cell.outputs:
+            if "text/markdown" in output.get("data", {}):
+                return output["data"]["text/markdown"]
     return tally([row for row in claims.of_notebooks() if row["study"] == study])

@@ -152,14 +152,13 @@ def unknown(name: str, known: list[str]) -> str:
 
 def _sentence(errors: list[dict], known: list[str]) -> str:
     first = min(errors, key=lambda e: e["type"] != "extra_forbidden")  # a misspelling explains more
+    problem = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # a check of several parameters at once: it says which
-        return first["msg"].removeprefix("Value error, ")
+        return problem
     name = first["loc"][0]
     if first["type"] == "extra_forbidden":
         return unknown(name, known)
     if first["type"] == "missing":
         return f"parameter {name!r} is missing."
     place = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
-    problem = first["msg"].removeprefix("Value error, ")
-    problem = problem[0].lower() + problem[1:]
-    return f"parameter {name}{place} is {first['input']!r}: {problem}."
+    return f"parameter {name}{place} is {first['input']!r}: {problem[0].lower() + problem[1:]}."

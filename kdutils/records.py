@@ -169,8 +169,8 @@ def source_hash(function: Callable) -> str:
     rooms = {}
     for room in SOURCE_ROOMS:
         for node in _tree(room).body:
-            names = [getattr(node, "name", None), *map(_target, getattr(node, "targets", []))]
-            rooms |= {name: node for name in names if name}
+            named = [getattr(node, "name", ""), *getattr(node, "targets", [])]
+            rooms |= {getattr(one, "id", one): node for one in named}
     while waiting:
         node, notebook = waiting.pop()
         shape, names, read = _facts(node)
@@ -218,16 +218,10 @@ def _shape(part) -> str:
     return f"[{', '.join(map(_shape, part))}]" if isinstance(part, list) else repr(part)
 
 
-def _target(node: ast.AST) -> str | None:
-    return getattr(node, "id", None)
-
-
 def _names(tree: ast.AST) -> set[str]:
     """Every name and attribute in the tree: more than is called, never less."""
-    nodes = list(ast.walk(tree))
-    return {n.id for n in nodes if isinstance(n, ast.Name)} | {
-        n.attr for n in nodes if isinstance(n, ast.Attribute)
-    }
+    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)]
+    return {n.id if isinstance(n, ast.Name) else n.attr for n in nodes}
 
 
 def _globals(tree: ast.AST) -> set[str]:
@@ -262,9 +256,10 @@ def _side_by_side(body: list) -> None:
         at, named = body.index(ours[0]), {}
         for node in ours:
             named.setdefault(node.module.replace(f".{PACKAGE}", ""), []).extend(node.names)
-        merged = [
-            ast.ImportFrom(m, sorted(named[m], key=lambda n: n.name), 0) for m in sorted(named)
-        ]
+        ordered = (
+            (module, sorted(named[module], key=lambda n: n.name)) for module in sorted(named)
+        )
+        merged = [ast.ImportFrom(module, names, 0) for module, names in ordered]
         body[:] = [*body[:at], *merged, *(node for node in body[at:] if node not in ours)]
 
 

@@ -128,10 +128,8 @@ def curve(frame: pd.DataFrame, column: str = "test_accuracy", **chosen) -> dict[
 
 def of_curves(function: Callable[..., float], *curves: dict[int, tuple]) -> Found:
     """``function`` of a list for each of the curves, seed by seed; its name says how."""
-    seeds = set.intersection(*map(set, curves))
-    values = {s: round(float(function(*(c[s][0] for c in curves))), 10) for s in sorted(seeds)}
-    sources = {s: [c[s][1] for c in curves] for s in values}
-    return Found(pd.Series(values, dtype=float), sources, function.__name__)
+    each = [{s: (values, [source]) for s, (values, source) in c.items()} for c in curves]
+    return Found(*_by_seed(function, each), function.__name__)
 
 
 def made_of(function: Callable[..., float], *founds: Found) -> Found:
@@ -139,14 +137,18 @@ def made_of(function: Callable[..., float], *founds: Found) -> Found:
 
     For what is neither a difference nor a ratio of two. Seeds that one of them lacks drop.
     """
-    seeds = set.intersection(*(set(found.values.index) for found in founds))
-    values = {
-        s: round(float(function(*(found.values[s] for found in founds))), 10) for s in sorted(seeds)
-    }
-    sources = {s: [source for found in founds for source in found.sources[s]] for s in values}
+    each = [{s: (one.values[s], one.sources[s]) for s in one.values.index} for one in founds]
     inner = {found.how for found in founds if len(found.values)} - {"value"}
     name = " of ".join([function.__name__, *sorted(inner)])
-    return Found(pd.Series(values, dtype=float), sources, name)
+    return Found(*_by_seed(function, each), name)
+
+
+def _by_seed(function: Callable[..., float], each: list[dict]) -> tuple[pd.Series, dict]:
+    """``function`` of what each has at a seed that all have, and all the sources of it."""
+    seeds = sorted(set.intersection(*map(set, each)))
+    values = {s: round(float(function(*(one[s][0] for one in each))), 10) for s in seeds}
+    sources = {s: [source for one in each for source in one[s][1]] for s in seeds}
+    return pd.Series(values, dtype=float), sources
 
 
 def chosen(held: Mapping[str, Found], test: Mapping[str, Found]) -> tuple[Found, dict[int, str]]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -70,9 +71,8 @@ class Study:
         dict of what it found; a ``history`` in it is a list of rows, one an epoch. Raise
         ``version`` when the function's meaning changes: it is part of the key.
         """
-        if function is None:
-            return lambda f: RunFunction(self, f, version)
-        return RunFunction(self, function, version)
+        made = partial(RunFunction, self, version=version)
+        return made(function) if function else made
 
     def map(self, run, arguments: list[dict], *, optional=False, failing=False) -> pd.DataFrame:
         """One row a run and epoch: arguments, history, and the run's other results.
@@ -104,13 +104,11 @@ class Study:
 
     def costs(self) -> pd.DataFrame:
         """What the records used so far cost and where they were made, one row a kind of run."""
-        rows = [r.summary() for r in self.records]
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame([r.summary() for r in self.records])
         where = ["run", "device", "precision", "threads", "torch", "source"]
-        sums = frame.groupby(where, sort=False).agg(
-            runs=("minutes", "size"), minutes=("minutes", "sum"), memory=("memory", "max")
-        )
-        return sums.reset_index()
+        sums = {"runs": ("minutes", "size"), "minutes": ("minutes", "sum")}
+        sums["memory"] = ("memory", "max")
+        return frame.groupby(where, sort=False).agg(**sums).reset_index()
 
     def _own_folder(self) -> Path:
         return records.runs_folder() / self.name
@@ -206,11 +204,11 @@ class RunFunction:
 
     def bind(self, arguments: dict) -> dict:
         """The arguments by name, defaults filled in, as JSON would give them back."""
-        bound = inspect.signature(self.function).bind(None, **arguments)
+        signature = inspect.signature(self.function)
+        bound = signature.bind(None, **arguments)
         bound.apply_defaults()
         plain = dict(list(bound.arguments.items())[1:])
-        kinds = inspect.signature(self.function).parameters
-        for name, kind in kinds.items():
+        for name, kind in signature.parameters.items():
             if kind.kind is inspect.Parameter.VAR_KEYWORD:
                 plain |= plain.pop(name)
         return json.loads(json.dumps(plain))
@@ -232,10 +230,8 @@ class RunFunction:
         places = [folder / "record.json"] if self.study.train else []
         if self.study.published:
             places.append(self.study.published / f"{folder.name}.json")
-        for place in places:
-            content = records.read(place)
-            if content:
-                return Record(content, folder, self)
+        for content in filter(None, map(records.read, places)):
+            return Record(content, folder, self)
         return None
 
     def __call__(self, **arguments) -> Record:
@@ -291,15 +287,13 @@ class RunFunction:
         }
         try:
             results = self.function(Run(folder, content["key"]), **bound)
+            floats = ((k, v) for k, v in results.items() if isinstance(v, float))
+            if broken := [k for k, v in floats if not math.isfinite(v)]:
+                results = {"error": f"{', '.join(broken)} is not finite"}
+                content["status"] = "failed"
         except train.Diverged as error:
             results = {"error": str(error), "epoch": error.epoch, "step": error.step}
             content["status"] = "failed"
-        else:
-            floats = ((k, v) for k, v in results.items() if isinstance(v, float))
-            broken = [k for k, v in floats if not math.isfinite(v)]
-            if broken:
-                results = {"error": f"{', '.join(broken)} is not finite"}
-                content["status"] = "failed"
         finally:
             torch.set_num_threads(threads)
         every = sorted(folder.glob("*.safetensors"))

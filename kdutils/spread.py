@@ -45,15 +45,13 @@ class Plan:
         """Train those of the runs ``asked`` for that are ``missing``: their records' contents."""
         from tqdm.auto import tqdm
 
-        study, found = run.study, []
-        self.folder = study.folder
+        study, found, self.folder = run.study, [], run.study.folder
         self.past = past(study) if self.past is None else self.past
         share = workers(study, self.past.get(run.name, []))
         self._expect((run.name, len(asked)), share, [run.folder(a).name for a in missing])
         if self.dry or not missing:
             return []
-        for line in self.said(study.only):
-            print(line)
+        self.say(study.only)
         style = {"desc": run.name, "total": 1, "bar_format": "{desc} |{bar}|", "leave": False}
         self.training = True
         with closing(_contents(run, missing, share)) as contents, tqdm(**style) as bar:
@@ -64,28 +62,27 @@ class Plan:
                     if not path.exists():  # a worker with a disk of its own
                         files.write(path, json.dumps(content, indent=1))
                     self.past.setdefault(run.name, []).append(content["made"])
-                    self.trained += 1
                     found.append(content)
+                    self.trained += 1
                 self._show(bar, run.name, news=content is not None)
         self.training = False
         return found
 
-    def said(self, only="") -> list[str]:
+    def say(self, only="") -> None:
         """What is to be trained and how long that will take, a line a kind, unless said before."""
         new = {name: how for name, how in self._left().items() if name not in self.announced}
         self.announced |= new.keys()
-        lines = []
-        for (kind, share), n in Counter(new.values()).items():
+        kinds = Counter(new.values())
+        for (kind, share), n in kinds.items():
             line = f"{kind}: {n} run{'s' * (n > 1)} to train" + f", {share} at a time" * (share > 1)
             if self.past.get(kind):
                 seconds = estimate([(kind, share)] * n, self.past)
                 line += f", about {duration(seconds)}"
-            lines.append(line + ", without those that they need" * bool(only))
-        if len(lines) > 1:
+            print(line + ", without those that they need" * bool(only))
+        if len(kinds) > 1:
             seconds = estimate(new.values(), self.past)
             about = "" if seconds is None else f", about {duration(seconds)}"
-            lines.append(f"in all: {len(new)} runs{about}")
-        return lines
+            print(f"in all: {len(new)} runs{about}")
 
     def summary(self) -> str:
         """What was trained, in one sentence."""
@@ -97,7 +94,7 @@ class Plan:
         """Note what a call of ``Study.map`` trains, in place of what it had been expected to."""
         same = [k for k, one in enumerate(self.calls) if one[:2] == call and not one[4]]
         at = same[0] if same and not self.dry else len(self.calls)
-        before = [f for one in self.calls[at : at + 1] for f in one[3]]
+        before = self.calls[at][3] if at < len(self.calls) else []
         if len(folders) <= len(before) and self.announced.issuperset(before):
             self.announced |= set(folders)
         self.calls[at : at + 1] = [(*call, share, folders, not self.dry)]
@@ -131,14 +128,14 @@ class Plan:
 
 def past(study) -> dict[str, list[dict]]:
     """How runs of this study and scale were made, by kind: here, or if none was, elsewhere."""
-    found = {}
+    here, elsewhere = {}, {}
     own = study.folder.glob("*/record.json")
     shared = study.published.glob("*.json") if study.published else []
-    for paths in (own, shared):
-        contents = [c for c in map(records.read, paths) if c and c["scale"] == study.scale]
-        kinds = {c["run"] for c in contents} - found.keys()
-        found |= {k: [c["made"] for c in contents if c["run"] == k] for k in kinds}
-    return found
+    for found, paths in ((here, own), (elsewhere, shared)):
+        for content in map(records.read, paths):
+            if content and content["scale"] == study.scale:
+                found.setdefault(content["run"], []).append(content["made"])
+    return elsewhere | here
 
 
 def estimate(missing: Iterable[tuple[str, int]], past: dict[str, list[dict]]) -> float | None:
@@ -196,10 +193,11 @@ def _contents(run, missing: list[dict], share: int) -> Iterator[dict | None]:
     else:
         from dask.distributed import Client, as_completed
 
-        here = dict(n_workers=share, threads_per_worker=1)
-        with Client(**here) if study.engine == "dask" else Client(study.engine) as client:
-            known = share if study.engine == "dask" else None
-            futures = client.map(partial(_compute, run, known), missing, pure=False)
+        here = study.engine == "dask"
+        where = {"n_workers": share, "threads_per_worker": 1} if here else {"address": study.engine}
+        with Client(**where) as client:
+            one = partial(_compute, run, share if here else None)
+            futures = client.map(one, missing, pure=False)
             yield from (content for _, content in as_completed(futures, with_results=True))
 
 

@@ -143,14 +143,10 @@ def judge(rule: Rule, values: Sequence[float]) -> Verdict:
     else:
         word = REPLICATED if near >= 0 else REVERSED if far < 0 else INCONCLUSIVE
     back = math.exp if rule.ratio else float
-    return Verdict(
-        word,
-        *map(back, (found.mean, low, high)),
-        n=len(values),
-        p=p,
-        lead=rule.side * (found.mean - start),
-        effect_excluded=None if effect is None else not near <= effect <= far,
-    )
+    numbers = [back(value) for value in (found.mean, low, high)]
+    lead = rule.side * (found.mean - start)
+    excluded = None if effect is None else not near <= effect <= far
+    return Verdict(word, *numbers, len(values), p, lead, excluded)
 
 
 def _one_sided(rule: Rule, near: float, far: float, effect: float | None) -> str:
@@ -191,10 +187,9 @@ def weakest(parts: Mapping[str, Verdict], need: int | None = None) -> Verdict:
 
 def holm(ps: Mapping[str, float], level: float = 0.05) -> dict[str, bool]:
     """Which of these p survive Holm's correction (Holm 1979): by name, in the order given."""
-    passed, left = {}, len(ps)
-    for name in sorted(ps, key=ps.get):
-        passed[name] = all(passed.values()) and ps[name] <= level / left
-        left -= 1
+    passed = {}
+    for tried, name in enumerate(sorted(ps, key=ps.get)):
+        passed[name] = all(passed.values()) and ps[name] <= level / (len(ps) - tried)
     return {name: passed[name] for name in ps}
 
 
