@@ -1,6 +1,7 @@
 """Study 5: what it adds to kdutils, and its procedure, against slow or independent references."""
 
 import math
+import shutil
 
 import jupytext
 import numpy as np
@@ -23,6 +24,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("notebooks")
     (folder / "params").mkdir()
     source = notebooks.FOLDER / "5-geometry.md"
+    shutil.copy(source, folder)
     jupytext.write(jupytext.read(source), folder / "5-geometry.ipynb")
     return folder
 

@@ -282,7 +282,7 @@ def test_stopped_it_says_so_leaves_no_process_and_goes_on_from_the_last_epoch(ti
             "kdutils: stopped; what is finished is kept, and the same command goes on"
         )
         assert "Traceback" not in said
-        assert not any(map(_alive, workers))
+        _wait(lambda workers=workers: not any(map(_alive, workers)))
         assert list(records.runs_folder().rglob("*.partial")) == made("network") == []
     assert train().trained == 2  # here, and one after another: as it is where one wants
     for log in _logs():  # an epoch that was rested in is begun again, and none before it
