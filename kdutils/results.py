@@ -166,19 +166,6 @@ def chosen(held: Mapping[str, Found], test: Mapping[str, Found]) -> tuple[Found,
     return Found(pd.Series(values), sources), names
 
 
-def best_of(frame: pd.DataFrame, by: str, column: str = "validation_accuracy", **chosen):
-    """What ``by`` is best, by the mean over seeds of a column after the last epoch.
-
-    Returns it, the means (a Series over ``by``), and whether it lies at an edge of those tried, so
-    that a better one may lie beyond.
-    """
-    rows = rows_of(frame, **chosen)
-    rows = rows.loc[rows.groupby("key").epoch.idxmax()]
-    means = rows.groupby(by)[column].mean().sort_index()
-    best = means.idxmax()
-    return best, means, best in (means.index[0], means.index[-1])
-
-
 def three_accuracies(frame: pd.DataFrame, **chosen) -> pd.Series:
     """Mean over runs of test accuracy: last epoch, chosen on held-out pictures, best on test."""
     rows = rows_of(frame, **chosen)

@@ -52,11 +52,6 @@ def paired(a: pd.Series, b: pd.Series) -> pd.Series:
     return (a - b).dropna()
 
 
-def of_all(values: pd.Series, seeds: Sequence[int]) -> pd.Series:
-    """``values``, indexed by seed, if each of ``seeds`` has one; otherwise none of them."""
-    return values if set(values.index) == set(seeds) else values[:0]
-
-
 @dataclass(frozen=True)
 class Rule:
     """What has to hold of a quantity's values, fixed before they are known.

@@ -315,17 +315,6 @@ def test_the_chosen_one_is_best_held_out_in_the_other_seeds():
     assert results.chosen({"x": found(1), "y": found(1)}, test) == (results.NOTHING, {})
 
 
-def test_the_best_of_those_tried_may_lie_at_an_edge():
-    tried = pd.DataFrame(
-        {"key": list("abcd"), "epoch": 1, "rate": [0.1, 0.2, 0.3, 0.2], "seed": [0, 0, 0, 1]}
-        | {"validation_accuracy": [0.5, 0.9, 0.6, 0.2]}
-    )
-    best, means, edge = results.best_of(tried, "rate")
-    assert (best, edge) == (0.3, True)
-    assert means.to_dict() == pytest.approx({0.1: 0.5, 0.2: 0.55, 0.3: 0.6})
-    assert results.best_of(tried, "rate", seed=0)[::2] == (0.2, False)
-
-
 def test_three_accuracies():
     found = results.three_accuracies(frame(), network="a")
     expected = [(0.8 + 0.9) / 2, (0.7 + 0.9) / 2, (0.8 + 0.9) / 2]

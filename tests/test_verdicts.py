@@ -52,13 +52,6 @@ def test_paired_subtracts_by_seed_and_drops_seeds_of_only_one():
     assert verdicts.paired(a, b).to_dict() == pytest.approx({0: 0.4, 1: 0.5, 2: 0.6})
 
 
-def test_values_count_only_if_every_seed_has_one():
-    values = pd.Series({0: 0.1, 2: 0.3})
-    assert verdicts.of_all(values, [2, 0]).equals(values)
-    assert verdicts.of_all(values, [0, 1, 2]).empty
-    assert verdicts.of_all(values, [0]).empty
-
-
 # -------------------------------------------------------------------------------------- words
 
 
