@@ -117,3 +117,25 @@ def stored_answer(study: str) -> str:
             if "text/markdown" in output.get("data", {}):
                 return output["data"]["text/markdown"]
     return tally([row for row in claims.of_notebooks() if row["study"] == study])
+
+
+def caveats(rows: list[dict]) -> str:
+    """At which scale claims were judged, and how many replicated ones survive a correction."""
+    by_scale = {}
+    for row in rows:
+        by_scale.setdefault(row["scale"] or "no", set()).add(row["study"])
+    where = {
+        "paper": "at the papers' own size",
+        "laptop": "with smaller stand-ins",
+        "no": "not yet",
+    }
+    scales = "; ".join(
+        f"{where[scale]}: {', '.join(sorted(by_scale[scale]))}"
+        for scale in where
+        if scale in by_scale
+    )
+    held = [row for row in rows if (row["verdict"] or "").startswith(verdicts.REPLICATED)]
+    survive = sum(row["holm"] is True for row in held)
+    exempt = sum(row["holm"] is None for row in held)
+    correction = f"{survive} of the {len(held)} replicated survive a correction for many claims"
+    return f"Judged {scales}. {correction} ({exempt} of a kind that has none)."

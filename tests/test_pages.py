@@ -68,3 +68,16 @@ def test_provenance_counts_runs_commits_and_the_register(tmp_path, monkeypatch):
 def test_every_study_has_an_answer():
     for name in notebooks.studies():
         assert len(pages.stored_answer(name)) > 20
+
+
+def test_caveats_name_scales_and_what_survives_the_correction():
+    rows = [
+        row("replicated", scale="paper", study="a", holm=True),
+        row("replicated, smaller", scale="laptop", study="b", holm=False),
+        row("replicated", scale="laptop", study="b", holm=None),
+        row(None, scale=None, study="c", holm=None),
+    ]
+    assert pages.caveats(rows) == (
+        "Judged at the papers' own size: a; with smaller stand-ins: b; not yet: c. "
+        "1 of the 3 replicated survive a correction for many claims (1 of a kind that has none)."
+    )
