@@ -125,8 +125,8 @@ def caveats(rows: list[dict]) -> str:
     for row in rows:
         by_scale.setdefault(row["scale"] or "no", set()).add(row["study"])
     where = {
-        "paper": "at the papers' own size",
-        "laptop": "with smaller stand-ins",
+        "paper": "at scale paper",
+        "laptop": "at laptop, smaller stand-ins",
         "no": "not yet",
     }
     scales = "; ".join(

@@ -78,6 +78,6 @@ def test_caveats_name_scales_and_what_survives_the_correction():
         row(None, scale=None, study="c", holm=None),
     ]
     assert pages.caveats(rows) == (
-        "Judged at the papers' own size: a; with smaller stand-ins: b; not yet: c. "
+        "Judged at scale paper: a; at laptop, smaller stand-ins: b; not yet: c. "
         "1 of the 3 replicated survive a correction for many claims (1 of a kind that has none)."
     )
