@@ -1,7 +1,6 @@
 """Knowledge terms: plain functions of tensors. They know no devices, teachers or data."""
 
 import math
-from functools import cache
 
 import numpy as np
 import torch
@@ -296,120 +295,109 @@ class VID(torch.nn.Module):
     For a teacher layer t and a student layer s, I(t; s) = H(t) − H(t|s) ≥ H(t) + E[log q(t|s)]
     (Barber and Agakov 2003; Ahn et al. 2019, eq. 3). H(t) does not depend on the student, so the
     bound rises as −log q falls. As in Ahn et al. 2019 (section 2.1, eq. 5), q is a Gaussian: its
-    mean μ(s) is a regressor's, its variance σ² = softplus(α) + ε is trained, one a teacher channel.
-    The loss of a pair is the **mean** over images, channels and positions of
+    mean μ(s) is a :func:`regressor`'s, its variance σ² = softplus(α) is trained from α = 0. The
+    loss of a link is, in nats without the constant ½ log 2π,
 
         ½ [(t − μ(s))² / σ² + log σ²],
 
-    in nats an element, without the constant ½ log 2π. Where eq. 5 sums we average, so that a λ
-    means the same whatever the layer's size. ``vid(student_taps, teacher_taps)`` is the sum of
-    λ_ij · loss_ij over teacher layers i and student layers j, in nats an element. A pair whose λ
-    is 0 has no regressor and costs nothing.
+    the mean over pictures of the sum over channels and positions, as in eq. 5. Its variants:
+    ``variance`` ``channel`` (one σ² a teacher channel) or ``link`` (one in all); ``reduction``
+    ``sum`` or ``mean`` over channels and positions; and ``coded``, what the code of study 2's
+    authors computes in its place (code/test_distill.ipynb, cell 16, at commit 9447244),
 
-    Of two maps the larger is averaged down to the smaller, in height and in width; a fully
-    connected layer is a map of 1 × 1. The regressor is three 1 × 1 convolutions without bias, with
-    ReLU between, all as wide as the teacher's layer. The variance starts at 5; no weight decay may
-    act on it (:func:`parameter_groups`).
+        ½ Σ (t − μ(s))² · σ² + ½ log σ²,
+
+    with one σ² a link. There the variance **multiplies**: the loss falls without bound as σ² → 0,
+    so the link switches itself off. It is no bound on any information.
+
+    ``vid(student_taps, teacher_taps)`` is the sum of λ_ij · loss_ij over teacher layers i and
+    student layers j. A link whose λ is 0 has no regressor and costs nothing.
 
     Parameters: ``student`` and ``teacher``, ``{layer: output}`` for any batch, of which only the
-    channels are read: (B, C) or (B, C, H, W). ``weights`` is λ, (teacher layers, student layers);
-    None is the pairwise form of Ahn et al. 2019, λ = identity. ``seed`` draws the regressors, a
-    pair's the same whichever other pairs have one. λ is a setting and no state: it is not saved.
-    ``torch.func.functional_call`` can put a λ of its own, with a gradient, in place of ``weights``.
-    Raises ValueError for layers of another shape, for λ of the wrong shape, negative, not finite
-    or all zero, and when λ is None and the numbers of layers differ.
+    shapes are read: (B, C) or (B, C, H, W), square. ``weights`` is λ, (teacher layers, student
+    layers); None is the pairwise form of Ahn et al. 2019, λ = identity. ``seed`` draws the
+    regressors, a link's the same whichever other links there are. λ is a setting and no state: it
+    is not saved.
+    Raises ValueError for an unknown variant, layers of another shape, for λ of the wrong shape,
+    negative, not finite or all zero, and when λ is None and the numbers of layers differ.
     """
 
-    VARIANCE, FLOOR = 5.0, 1e-5
-
-    def __init__(self, *, student: dict, teacher: dict, weights=None, seed: int = 0):
+    def __init__(
+        self, *, student, teacher, weights=None, seed=0, variance="channel", reduction="sum",
+        coded=False,
+    ):  # fmt: skip
         super().__init__()
-        self.student, self.teacher = _channels("student", student), _channels("teacher", teacher)
+        _one_of("variance", variance, ("channel", "link"))
+        _one_of("reduction", reduction, ("sum", "mean"))
+        if coded and (variance, reduction) != ("link", "sum"):
+            raise ValueError("as coded, a link has one variance and a sum: variance='link'")
+        self.student, self.teacher = _shapes("student", student), _shapes("teacher", teacher)
+        self.reduction, self.coded = reduction, coded
         weights = _lambda(weights, len(teacher), len(student))
         self.register_buffer("weights", weights, persistent=False)
-        generator = torch.Generator().manual_seed(seed)
-
-        def drawn(rows, columns):  # as PyTorch draws a convolution
-            bound = columns**-0.5
-            return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-
-        self.regressors, self.order, shares = torch.nn.ParameterDict(), [], []
-        for i, c in enumerate(self.teacher.values()):
-            for j, channels in enumerate(self.student.values()):
-                matrices = torch.cat([drawn(c, channels), drawn(c, c), drawn(c, c)], 1)
+        self.regressors, self.alpha = torch.nn.ModuleDict(), torch.nn.ParameterDict()
+        for i, after in enumerate(self.teacher.values()):
+            for j, before in enumerate(self.student.values()):
                 if weights[i, j] > 0:
-                    self.regressors[f"{i}-{j}"] = torch.nn.Parameter(matrices)
-                    self.order.append((i, j))
-                    shares.append(torch.zeros(*weights.shape, c))
-                    shares[-1][i, j] = 1 / c
-        # (teacher layers, student layers, channels of all pairs): a channel's part in each mean.
-        self.register_buffer("shares", torch.cat(shares, 2), persistent=False)
-        start = torch.tensor(self.VARIANCE - self.FLOOR).expm1().log()
-        self.alpha = torch.nn.Parameter(start.repeat(self.shares.shape[2]))
+                    with torch.random.fork_rng(devices=[]):
+                        torch.manual_seed(1_000_003 * seed + 1009 * i + j)
+                        self.regressors[f"{i}-{j}"] = regressor(before, after)
+                    count = after[0] if variance == "channel" else 1
+                    self.alpha[f"{i}-{j}"] = torch.nn.Parameter(torch.zeros(count))
 
-    @property
-    def variance(self) -> torch.Tensor:
-        """σ² of the channels of the pairs whose λ is above 0, end to end, in rows of λ."""
-        return F.softplus(self.alpha) + self.FLOOR
+    def variance(self, i: int, j: int) -> torch.Tensor:
+        """σ² of the link from teacher layer i to student layer j: (channels,) or (1,)."""
+        return F.softplus(self.alpha[f"{i}-{j}"])
 
     def forward(self, student: dict, teacher: dict) -> torch.Tensor:
         """Σ λ_ij · loss_ij, a 0-d tensor; gradients reach student and regressors, not the teacher.
 
-        Taps may hold further layers. Raises ValueError when a layer is missing or has other
-        channels, and when student and teacher saw different numbers of inputs. The teacher's taps
-        may come from ``torch.no_grad``, not from ``inference_mode``, which autograd cannot keep.
+        Taps may hold further layers. Raises ValueError when a layer is missing or has another
+        shape, and when student and teacher saw different numbers of inputs.
         """
-        return (self.weights * self.pairs(student, teacher)).sum()
-
-    def pairs(self, student: dict, teacher: dict) -> torch.Tensor:
-        """The losses of the pairs before λ, (teacher layers, student layers); 0 where λ is 0."""
         own = _named("student", student, self.student)
         given = _named("teacher", teacher, self.teacher)
-        saw, shown = len(own[0]), len(given[0])
-        if saw != shown:
-            raise ValueError(f"student and teacher must see the same inputs, not {saw} and {shown}")
-        errors = self._errors([tap.to(self.alpha.dtype) for tap in own], given)
-        variance = self.variance
-        squares = torch.cat([errors[pair] for pair in self.order])
-        return (self.shares * (squares / variance + variance.log()) / 2).sum(2)
+        _same_rows(own[0], given[0])
+        total = 0.0
+        for name, reader in self.regressors.items():
+            i, j = map(int, name.split("-"))
+            loss = self._link(given[i].detach(), reader(own[j]), self.variance(i, j))
+            total = total + self.weights[i, j] * loss
+        return total
 
-    def _errors(self, own: list, given: list) -> dict:
-        """Mean squared errors of the regressors by channel, {(i, j): (C of teacher layer i,)}."""
-        target = cache(lambda i, size: _rows(given[i].detach().to(self.alpha.dtype), size))
-        errors, device = {}, self.alpha.device.type
-        for j, layer in enumerate(own):
-            groups = {}  # regressors that read this layer at one size share their first product
-            for i in (i for i, k in self.order if k == j):
-                size = tuple(map(min, _size(layer), _size(given[i])))
-                groups.setdefault(size, []).append(i)
-            for size, group in groups.items():
-                matrices = [self.regressors[f"{i}-{j}"] for i in group]
-                split = [m.split([layer.shape[1], len(m), len(m)], 1) for m in matrices]
-                one, two, three = zip(*split, strict=True)
-                # Narrow matrices are slower in bf16: its casts cost more than its products save.
-                wide = torch.is_autocast_enabled(device) and min(map(len, matrices)) >= 64
-                with torch.autocast(device, torch.bfloat16, enabled=wide):
-                    hidden = F.linear(_rows(layer, size), torch.cat(one)).relu_()
-                    hidden = hidden.split([len(m) for m in matrices], 1)
-                    means = [
-                        F.linear(F.linear(x, second).relu_(), third)
-                        for x, second, third in zip(hidden, two, three, strict=True)
-                    ]
-                for i, mean in zip(group, means, strict=True):
-                    squares = F.mse_loss(mean.to(layer.dtype), target(i, size), reduction="none")
-                    errors[i, j] = squares.mean(0)  # σ² is constant within a channel
-        return errors
+    def _link(self, target, mean, variance):
+        squares = F.mse_loss(mean.float(), target.float(), reduction="none")
+        of_channels = squares.sum(0).flatten(1).sum(1) if squares.ndim > 2 else squares.sum(0)
+        errors = of_channels / len(target)  # (C,), the mean over pictures of the sum over positions
+        if self.coded:
+            return (errors.sum() * variance + variance.log()).sum() / 2
+        positions = target[0, 0].numel()
+        logs = variance.log().expand(len(errors)).sum() * positions
+        loss = ((errors / variance).sum() + logs) / 2
+        return loss / target[0].numel() if self.reduction == "mean" else loss
 
 
-def parameter_groups(network: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """An optimizer's groups: weight decay for all parameters but the variances of :class:`VID`.
+def regressor(before: tuple[int, ...], after: tuple[int, ...]) -> torch.nn.Module:
+    """From a student's layer to the mean of a teacher's, (C,) or (C, H, H) each.
 
-    Decay would pull α to 0, which is a variance of log 2 chosen by nobody.
+    As study 2's authors have it (code/mut_info.py at commit 9447244): a linear map where one side
+    is fully connected; else convolutions c → 2c → 2d → d with batch norm and ReLU between, 1 × 1
+    between maps of one size. Of two sizes one convolution goes to the other, strided down or
+    transposed up, where there are fewer positions; theirs spread that over all three.
     """
-    variances = [module.alpha for module in network.modules() if isinstance(module, VID)]
-    rest = [p for p in network.parameters() if not any(p is alpha for alpha in variances)]
-    decayed = {"params": rest, "weight_decay": weight_decay}
-    return [decayed, {"params": variances, "weight_decay": 0.0}] if variances else [decayed]
+    if len(before) == 1 or len(after) == 1:
+        flat = torch.nn.Linear(math.prod(before), math.prod(after))
+        return torch.nn.Sequential(torch.nn.Flatten(), flat, torch.nn.Unflatten(1, after))
+    c, d, (small, large) = before[0], after[0], sorted((before[1], after[1]))
+    stride = large // small
+    change = {"kernel_size": large - (small - 1) * stride, "stride": stride}
+    up, down = after[1] > before[1], after[1] < before[1]
+    first = torch.nn.Conv2d(c, 2 * c, **(change if down else {"kernel_size": 1}))
+    last = torch.nn.ConvTranspose2d(2 * d, d, **change) if up else torch.nn.Conv2d(2 * d, d, 1)
+    middle = [torch.nn.BatchNorm2d(2 * c), torch.nn.ReLU(), torch.nn.Conv2d(2 * c, 2 * d, 1)]
+    return torch.nn.Sequential(
+        first, *middle, torch.nn.BatchNorm2d(2 * d), torch.nn.ReLU(), last
+    ).to(memory_format=torch.channels_last)
 
 
 def balanced(task: torch.Tensor, knowledge: torch.Tensor, beta: float) -> torch.Tensor:
@@ -419,39 +407,37 @@ def balanced(task: torch.Tensor, knowledge: torch.Tensor, beta: float) -> torch.
     return beta * task + (1 - beta) * knowledge
 
 
-def _channels(side, taps):
-    """{layer: channels} of maps (B, C, H, W) and of fully connected layers (B, C)."""
+def _one_of(name, value, known):
+    if value not in known:
+        raise ValueError(f"unknown {name} {value!r}; {name}: {' or '.join(known)}")
+
+
+def _shapes(side, taps):
+    """{layer: shape of one output}: square maps (C, H, H), or (C,) where fully connected."""
     for name, tap in taps.items():
-        if tap.ndim not in (2, 4):
-            shape = tuple(tap.shape)
-            raise ValueError(f"{side} layer {name!r} is {shape}, not (B, C) or (B, C, H, W)")
-    return {name: tap.shape[1] for name, tap in taps.items()}
+        shape = tuple(tap.shape)
+        if len(shape) not in (2, 4) or shape[2:3] != shape[3:]:
+            raise ValueError(f"{side} layer {name!r} is {shape}, not (B, C) or (B, C, H, H)")
+    return {name: tuple(tap.shape[1:]) for name, tap in taps.items()}
 
 
-def _named(side, taps, channels):
-    there = _channels(side, taps)
-    for name, c in channels.items():
-        if there.get(name) != c:
-            layers = ", ".join(f"{name} ({found})" for name, found in there.items())
-            raise ValueError(f"no {side} layer {name!r} of {c} channels; layers: {layers}")
-    return [taps[name] for name in channels]
-
-
-def _size(tap):
-    return tuple(tap.shape[2:]) or (1, 1)
-
-
-def _rows(tap, size):
-    """A layer averaged down to ``size``, a row for each position: (B · height · width, C)."""
-    tap = tap if _size(tap) == size else F.adaptive_avg_pool2d(tap, size)
-    return tap if tap.ndim == 2 else tap.permute(0, 2, 3, 1).flatten(0, 2)
+def _named(side, taps, shapes):
+    there = _shapes(side, taps)
+    for name, shape in shapes.items():
+        if there.get(name) != shape:
+            layers = ", ".join(f"{name} {found}" for name, found in there.items())
+            raise ValueError(f"no {side} layer {name!r} of {shape}; layers: {layers}")
+    return [taps[name] for name in shapes]
 
 
 def _lambda(weights, rows, columns):
     """λ as a tensor of its own, checked; None is the identity."""
     if weights is None and rows != columns:
         raise ValueError(f"without λ, {rows} teacher layers cannot pair {columns} student layers")
-    weights = torch.eye(rows) if weights is None else torch.as_tensor(weights)
+    try:
+        weights = torch.eye(rows) if weights is None else torch.as_tensor(weights)
+    except (TypeError, ValueError):
+        raise ValueError("λ must be numbers in rows of one length") from None
     weights = weights.detach().float().clone()
     if weights.shape != (rows, columns):
         raise ValueError(
