@@ -1,7 +1,11 @@
 """What the pages of studies share: the answer, the setting, code shown, provenance and cost."""
 
+import ast
+import inspect
+import textwrap
 from collections import Counter
 from html import escape
+from pathlib import Path
 
 from kdutils import claims, records, verdicts
 from kdutils.runs import Study
@@ -49,13 +53,24 @@ def settings(rows: dict[str, tuple]):
 
 
 def source(*functions):
-    """The code of functions that were defined further up, as the method has it."""
-    import inspect
+    """The code of functions that were defined further up, as the method has it.
 
+    What lies in kdutils is named, ``losses.VID._link``, and read without importing it.
+    """
     from IPython.display import Code
 
-    texts = [inspect.getsource(getattr(f, "function", f)).rstrip() for f in functions]
-    return Code("\n\n\n".join(texts), language="python")
+    return Code("\n\n\n".join(map(_text, functions)), language="python")
+
+
+def _text(function) -> str:
+    if not isinstance(function, str):
+        return inspect.getsource(getattr(function, "function", function)).rstrip()
+    room, *names = function.split(".")
+    text = (Path(__file__).parent / f"{room}.py").read_text(encoding="utf-8")
+    node = ast.parse(text)
+    for name in names:
+        node = next(one for one in node.body if getattr(one, "name", None) == name)
+    return textwrap.dedent(ast.get_source_segment(text, node, padded=True))
 
 
 def provenance(study: Study):

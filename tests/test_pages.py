@@ -51,6 +51,8 @@ def test_the_setting_escapes_what_would_be_html():
 
 def test_source_shows_a_function_as_it_was_written():
     assert pages.source(pages.tally).data.startswith("def tally(rows")
+    named = pages.source("pages.tally", "losses.VID._link").data
+    assert named.startswith(pages.source(pages.tally).data + "\n\n\ndef _link(self,")
 
 
 def test_provenance_counts_runs_commits_and_the_register(tmp_path, monkeypatch):
