@@ -287,11 +287,10 @@ def notice(study: Study) -> None:
 
     if not study.published:
         return
-    here = any(study.published.glob("*.json"))
-    if study.published.resolve() != (PROJECT / "data" / "records" / study.name).resolve():
-        found = "the records" if here else "no record"
-        text = f"This page shows {found} of `{study.published}`, which `$KDUTILS_RECORDS` names."
-        display(Markdown(f"**{text}**"))
+    here, home = any(study.published.glob("*.json")), PROJECT / "data" / "records" / study.name
+    if study.published.resolve() != home.resolve():
+        found = f"{'the records' if here else 'no record'} of `{study.published}`"
+        display(Markdown(f"**This page shows {found}, which `$KDUTILS_RECORDS` names.**"))
     elif not here:
         text = "No run has been published yet, so tables and figures below are empty."
         display(Markdown(f"**{text}** The text and the code are complete and can be rerun."))

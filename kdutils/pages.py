@@ -7,7 +7,7 @@ from collections import Counter
 from html import escape
 from pathlib import Path
 
-from kdutils import claims, records, verdicts
+from kdutils import claims, notebooks, records, verdicts
 from kdutils.runs import Study
 
 MOST_SENTENCES = 8
@@ -47,8 +47,8 @@ def settings(rows: dict[str, tuple]):
     from IPython.display import HTML
 
     frame = pd.DataFrame.from_dict(rows, orient="index", columns=["paper", "ours", "why"])
-    frame = frame.map(lambda value: escape(str(value)))
-    html = frame.to_html(border=0, classes="settings", justify="left", escape=False)
+    shown = frame.map(lambda v: escape(str(v)))
+    html = shown.to_html(border=0, classes="settings", justify="left", escape=False)
     return HTML(f'<div class="settings">{html}</div>')
 
 
@@ -121,17 +121,18 @@ def say(rows: list[dict], named: dict[str, str]):
 
 
 def stored_answer(study: str) -> str:
-    """The answer that a study's stored page shows; without one, how many claims have which word."""
+    """The answer that a study's stored page shows; without one, its tally and what was decided."""
     import nbformat
-
-    from kdutils import notebooks
 
     cells = nbformat.read(notebooks.find(study), as_version=4).cells
     for cell in (c for c in cells if "answer" in c.metadata.get("tags", [])):
         for output in cell.outputs:
             if "text/markdown" in output.get("data", {}):
                 return output["data"]["text/markdown"]
-    return tally([row for row in claims.of_notebooks() if row["study"] == study])
+    rows = [row for row in claims.of_notebooks() if row["study"] == study]
+    open_still = (None, verdicts.INCONCLUSIVE)
+    decided = [f"{r['statement']}: {holds(r)}." for r in rows if r["verdict"] not in open_still]
+    return " ".join([tally(rows), *decided])
 
 
 def caveats(rows: list[dict]) -> str:
@@ -150,7 +151,6 @@ def caveats(rows: list[dict]) -> str:
         if scale in by_scale
     )
     held = [row for row in rows if (row["verdict"] or "").startswith(verdicts.REPLICATED)]
-    survive = sum(row["holm"] is True for row in held)
-    exempt = sum(row["holm"] is None for row in held)
+    survive, exempt = (sum(row["holm"] is known for row in held) for known in (True, None))
     correction = f"{survive} of the {len(held)} replicated survive a correction for many claims"
     return f"Judged {scales}. {correction} ({exempt} of a kind that has none)."
