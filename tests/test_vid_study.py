@@ -15,10 +15,11 @@ from torch import nn
 from kdutils import data, losses, models, notebooks, parameters, train
 from kdutils.records import PROJECT
 
-PAIR = {"teacher": "convtiny", "network": "convverytiny", "seed": 0}
+PAIR = {"teacher": "convtiny", "teacher_seed": 1000, "network": "convverytiny", "seed": 0}
 SETTING = {"dataset": "digits", "pictures": 256, "validation": 400, "batch_size": 64}
-SETTING |= {"epochs": 1, "lr": 0.001}
-LAYERED = {"mode": "eval", "share": 0.1, "coded": False, "weights": np.eye(4).tolist()}
+SETTING |= {"epochs": 1, "lr": 0.001, "optimizer": "adam"}
+LAYERED = {"mode": "eval", "share": 0.1, "share_of": "loss", "coded": False, "reduction": "sum"}
+LAYERED |= {"weights": np.eye(4).tolist()}
 SMOKE = {"scale": "smoke", "engine": "serial"}
 PAGE = notebooks.FOLDER / "2-vid.md"
 
@@ -93,35 +94,87 @@ def test_pictures_are_the_first_in_their_order_and_those_held_out_the_last(names
 # ---------------------------------------------------------------------- teacher, student
 
 
+def test_a_pre_activation_resnet_is_the_authors(names):
+    """Its blocks add the first activation; weights as counted by hand from their file."""
+    network = names["build"]("resnet10", 0, SETTING).eval()
+    assert sum(p.numel() for p in network.parameters()) == 4_900_554
+    assert names["build"]("resnet18", 0, SETTING).block8.conv2.weight.shape == (512, 512, 3, 3)
+    layers = names["tapped_layers"]("resnet10")
+    assert (len(layers), layers[1:4]) == (9, ["block1.conv1", "block1", "block2.conv1"])
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = models.taps(network, [*layers, "logits"])(images)
+        maps, first = found["stem"], network.block1
+        assert torch.equal(maps, network.stem(images))
+        active = first.norm1(maps).relu()
+        assert torch.equal(found["block1.conv1"], first.conv1(active))
+        inner = first.norm2(found["block1.conv1"]).relu()
+        assert torch.equal(found["block1"], first.conv2(inner) + active)
+        torch.testing.assert_close(found["logits"], network(images))
+    assert [tuple(tap.shape[1:]) for tap in list(found.values())[-3:-1]] == [(512, 4, 4)] * 2
+
+
+def test_large_layers_are_averaged_until_they_fit(names):
+    tap = torch.randn(3, 64, 32, 32)
+    found = names["shrunk"](tap)
+    assert found.shape == (3, 64, 8, 8)
+    torch.testing.assert_close(found[0, 0, 0, 0], tap[0, 0, :4, :4].mean())
+    assert names["shrunk"](tap[:, :, :8, :8]).shape == (3, 64, 8, 8)
+
+
 def test_stored_layers_are_the_teachers_in_either_mode(names):
     images = names["parts"](0, SETTING).train
     weights = names["alone"](network="convtiny", seed=1000, **SETTING).weights("e1")
-    found = {}
+    found, layers = {}, [*names["LAYERS"], "logits"]
     for mode in ("eval", "training"):
-        found[mode], digest = names["knowledge"]("convtiny", mode, images, 0, SETTING)
+        found[mode], digest = names["knowledge"]("convtiny", 1000, mode, layers, images, SETTING)
         master = train.load_weights(names["build"]("convtiny", 0, SETTING), weights)
-        tapped = models.taps(master.train(mode == "training"), [*names["LAYERS"], "logits"])
+        tapped = models.taps(master.train(mode == "training"), layers)
         batch = list(images(1))[1]
         with torch.no_grad():
             expected = tapped(batch.images)
-        assert list(found[mode]) == list(expected)
+        assert list(found[mode]) == layers
         for name, tap in expected.items():
-            torch.testing.assert_close(found[mode][name][batch.index], tap, rtol=0.05, atol=0.05)
+            stored = found[mode][name][batch.index].float()
+            torch.testing.assert_close(stored, tap, rtol=0.05, atol=0.05)
     assert not torch.allclose(found["eval"]["logits"], found["training"]["logits"], atol=0.05)
     record = names["vid"](**PAIR, **LAYERED, **SETTING)
     assert record.results["teacher_weights"] == digest
-    assert list(record.results["variances"]) == [f"{k} from {k}" for k in names["LAYERS"]]
+    assert list(record.results["variances"]) == ["0-0", "1-1", "2-2", "3-3"]
 
 
 def test_a_student_starts_as_the_network_alone_does(names):
-    images = names["parts"](0, SETTING).train
-    stored, _ = names["knowledge"]("convtiny", "eval", images, 0, SETTING)
-    taught = names["pupil"]("convverytiny", stored, np.eye(4), False, 0, SETTING)
+    images, layers = names["parts"](0, SETTING).train, names["LAYERS"]
+    stored, _ = names["knowledge"]("convtiny", 1000, "eval", layers, images, SETTING)
+    taught = names["pupil"]("convverytiny", stored, np.eye(4), False, "sum", 0, SETTING)
     own = names["build"]("convverytiny", 0, SETTING).state_dict()
     for name, value in taught.student.state_dict().items():
         assert torch.equal(value, own[name]), name
     assert taught.training
     assert len(taught.vid.regressors) == 4
+
+
+def test_a_share_of_the_gradient_is_measured_in_the_students_weights(names):
+    images, layers = names["parts"](0, SETTING).train, names["LAYERS"]
+    stored, _ = names["knowledge"]("convtiny", 1000, "eval", layers, images, SETTING)
+    batch = next(iter(images(1)))
+    given = {name: values[batch.index] for name, values in stored.items()}
+    found = []
+    for factor in (1.0, 50.0):
+        weights = factor * np.eye(4)
+        model = names["pupil"]("convverytiny", stored, weights, False, "sum", 0, SETTING)
+        found.append(names["longer"](model, batch, given))
+    assert found[0] == pytest.approx(50 * found[1], rel=0.02)  # bf16
+    logits, term = model.float()(batch.images, given)
+    lengths = []
+    for one in (torch.nn.functional.cross_entropy(logits, batch.labels), term):
+        model.zero_grad()
+        one.backward(retain_graph=True)
+        grads = [p.grad for p in model.student.parameters() if p.grad is not None]
+        lengths.append(torch.cat([g.flatten() for g in grads]).norm().item())
+    assert found[1] == pytest.approx(lengths[0] / lengths[1], rel=0.05)
+    record = names["vid"](**PAIR, **LAYERED | {"share_of": "gradient"}, **SETTING)
+    assert record.results["history"][-1]["loss"] < 10, "a summed loss would be hundreds of nats"
 
 
 def test_training_mode_uses_a_batchs_statistics_and_leaves_the_network_alone(names):
@@ -182,6 +235,28 @@ def test_as_coded_has_every_slip_and_each_other_setting_has_one(tmp_path, monkey
     assert (everything.sum(1) == 1).all()
 
 
+def test_a_random_trial_is_fixed_by_its_number(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
+    names = notebooks.procedure("vid", {"scale": "paper"}, ("runs",))
+    every = [names["drawn"](k) for k in range(300)]
+    weights = np.array([one["weights"] for one in every])
+    shares = np.array([one["share"] for one in every])
+    np.testing.assert_allclose(weights.sum((1, 2)), 4, atol=0.001)
+    assert weights.min() >= 0
+    assert abs(weights.mean() - 0.25) < 1e-4
+    assert stats.kstest(weights[:, 0, 0] / 4, stats.beta(1, 15).cdf).pvalue > 0.01  # Dirichlet's
+    assert stats.kstest(shares, "uniform").pvalue > 0.01
+    assert names["drawn"](7) == every[7]
+
+
+def test_lead_and_rank_of_the_third_layer(names):
+    only_third = (np.eye(4)[2][:, None] * np.ones(4)).tolist()
+    even = np.ones((4, 4)).tolist()
+    assert names["lead"]([only_third, only_third]) == 1
+    assert names["lead"]([even]) == 0
+    assert names["rank_correlation"]([even, only_third], [0.5, 0.6]) == pytest.approx(1)
+
+
 def test_what_the_authors_printed_has_its_place():
     with open(PROJECT / "data" / "reported" / "vid.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -212,6 +287,8 @@ def parameters_of():
         ({"share": 1.5}, "parameter share is 1.5"),
         ({"soft_share": -0.1}, "parameter soft_share is -0.1"),
         ({"temperature": 0.0}, "parameter temperature is 0.0"),
+        ({"choosing_seeds": [3]}, "choosing_seeds must not be in seeds"),
+        ({"large": ["resnet10"]}, "parameter large is .*at least 2 items"),
         ({"epoch": 3}, "unknown parameter 'epoch'; did you mean 'epochs'?"),
     ],
     ids=str,
