@@ -30,7 +30,7 @@ def tally(rows: list[dict]) -> str:
     """How many judged claims have which word: ``Of 8 claims: 3 replicated and 5 inconclusive.``"""
     counts = Counter(row["verdict"] or "not judged yet" for row in rows)
     order = [*reversed(verdicts.WORDS), "not judged yet"]
-    names = {verdicts.NO_EFFECT: "show no effect", verdicts.SMALLER: "replicated (smaller)"}
+    names = {verdicts.NO_EFFECT: "with no effect", verdicts.SMALLER: "replicated (smaller)"}
     said = [f"{counts[word]} {names.get(word, word)}" for word in order if counts[word]]
     listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
     return f"Of {len(rows)} claims: {listed}."

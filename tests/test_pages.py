@@ -29,7 +29,7 @@ def test_an_answer_has_at_most_eight_sentences():
 
 def test_tally_counts_words_the_strongest_first():
     rows = [row("no effect"), row("replicated"), row(None), row("replicated"), row("reversed")]
-    said = "Of 5 claims: 2 replicated, 1 show no effect, 1 reversed and 1 not judged yet."
+    said = "Of 5 claims: 2 replicated, 1 with no effect, 1 reversed and 1 not judged yet."
     assert pages.tally(rows) == said
     assert pages.tally([row("inconclusive")]) == "Of 1 claims: 1 inconclusive."
 
