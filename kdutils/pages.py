@@ -137,18 +137,13 @@ def stored_answer(study: str) -> str:
 
 def caveats(rows: list[dict]) -> str:
     """At which scale claims were judged, and how many replicated ones survive a correction."""
-    by_scale = {}
-    for row in rows:
-        by_scale.setdefault(row["scale"] or "no", set()).add(row["study"])
-    where = {
-        "paper": "at scale paper",
-        "laptop": "at laptop, smaller stand-ins",
-        "no": "not yet",
-    }
+    judged_last = sorted(rows, key=lambda row: row["scale"] is not None)
+    scale_of = {row["study"]: row["scale"] or "no" for row in judged_last}
+    where = {"paper": "at scale paper", "laptop": "at laptop, smaller stand-ins", "no": "not yet"}
     scales = "; ".join(
-        f"{where[scale]}: {', '.join(sorted(by_scale[scale]))}"
-        for scale in where
-        if scale in by_scale
+        f"{said}: {', '.join(sorted(study for study, own in scale_of.items() if own == scale))}"
+        for scale, said in where.items()
+        if scale in scale_of.values()
     )
     held = [row for row in rows if (row["verdict"] or "").startswith(verdicts.REPLICATED)]
     survive, exempt = (sum(row["holm"] is known for row in held) for known in (True, None))
