@@ -283,7 +283,7 @@ def parameters_of():
     ("wrong", "sentence"),
     [
         ({"pictures": 46_000}, "pictures = 46000 and validation = 5000 overlap: cifar10 has 50000"),
-        ({"dataset": "digits"}, "pictures = 10112 and validation = 5000 overlap: digits has 1200"),
+        ({"dataset": "digits"}, "pictures = 45000 and validation = 5000 overlap: digits has 1200"),
         ({"share": 1.5}, "parameter share is 1.5"),
         ({"soft_share": -0.1}, "parameter soft_share is -0.1"),
         ({"temperature": 0.0}, "parameter temperature is 0.0"),
