@@ -205,12 +205,12 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
     from concurrent.futures import FIRST_COMPLETED, wait
     from concurrent.futures.process import BrokenProcessPool
 
-    from joblib.externals.loky import get_reusable_executor
+    from joblib.executor import get_memmapping_executor  # joblib's own: a page may use both
 
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     threads = dict.fromkeys(names, str(run.study.threads))
     begin = {"initializer": _begin, "initargs": (os.getpid(),), "env": threads, "timeout": 300}
-    pool = get_reusable_executor(share, **begin)
+    pool = get_memmapping_executor(share, max_nbytes=None, **begin)
     try:
         waiting = {pool.submit(_compute, run, share, arguments) for arguments in missing}
         while waiting:

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import joblib
 import pytest
 import safetensors.torch as st
 from safetensors import safe_open
@@ -273,6 +274,16 @@ def test_processes_and_serial_give_the_same_records():
     study.workers = 2
     assert _timeless(study, network, seeds) == serial
     assert {r.content["made"]["workers"] for r in study.records} == {2}
+
+
+def test_joblib_computes_on_in_a_kernel_that_has_trained_with_processes(monkeypatch):
+    # Both ask joblib for its one pool; as in a kernel where joblib has not been used before.
+    monkeypatch.setattr("joblib.executor._executor_args", None)
+    study, network = tiny_study("processes")
+    study.workers = 2
+    _timeless(study, network, grid(seed=[0, 1]))
+    calls = [joblib.delayed(os.getppid)() for _ in range(2)]
+    assert len(joblib.Parallel(n_jobs=2)(calls)) == 2
 
 
 def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
