@@ -33,7 +33,7 @@ REGISTRIES = [
         ("repo", "anaconda", "com"),
     )
 ]
-TESTED_EXTRAS = ("book", "cluster", "edge", "test")
+TESTED_EXTRAS = ("book", "cluster", "crate", "edge", "test")
 
 
 def text(name: str) -> str:
