@@ -11,7 +11,7 @@ STUDIES = $(or $(STUDY),$(patsubst notebooks/params/%.smoke.yaml,%,$(wildcard no
 PAGES = $(shell sed -n 's|.*: \(notebooks/.*\)|\1.ipynb|p' _toc.yml)
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce env test book serve sync bench
+.PHONY: help reproduce env test book serve sync crate bench
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /make \1: /p' Makefile
@@ -47,6 +47,9 @@ serve: env ## show the built book at http://localhost:8000
 
 sync: env ## carry the edited notebooks/*.md over to the .ipynb and run those
 	$(BIN)/python -m kdutils sync $(STUDY)
+
+crate: env ## write ro-crate-metadata.json: which runs made each claim, as linked data
+	$(BIN)/python tools/write_crate.py
 
 bench: env ## time the training loop against bare steps
 	$(BIN)/python tests/bench.py
