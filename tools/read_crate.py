@@ -19,30 +19,31 @@ def many(value):
 def main(name, path):
     try:
         graph = json.loads(path.read_text(encoding="utf-8"))["@graph"]
-        entities = {entity["@id"]: entity for entity in graph}
+        return answer(name, {entity["@id"]: entity for entity in graph})
     except FileNotFoundError:
         return f"{path} does not exist: make it by `make crate`."
     except (ValueError, LookupError, TypeError) as error:
         return f"{path} is no crate: {error!r}."
 
+
+def answer(name, entities):
     def of(entity, key):  # the entities that this one names by key
         return [entities[one["@id"]] for one in many(entity.get(key))]
 
     def said(entity, key):
         return {one["name"]: one["value"] for one in of(entity, key) if "value" in one}
 
-    found = {e["name"]: e for e in graph if e["@type"] == "Claim"}
+    found = {e["name"]: e for e in entities.values() if e["@type"] == "Claim"}
     if name not in found:
         close = difflib.get_close_matches(name, found, 5, 0.5) or found
-        return f"{name} is no claim of {path}; close ones: {', '.join(close)}."
+        return f"{name} is no claim of this crate; close ones: {', '.join(close)}."
     claim, facts = found[name], said(found[name], "additionalProperty")
     print(f"{name}: {claim['text']}\nverdict: {facts['verdict']}")
-    if "the paper's effect" in facts:
-        print("the paper's effect:", facts["the paper's effect"])
+    print("the paper's effect:", facts.get("the paper's effect", "not said as a number"))
     for one in of(claim, "additionalProperty"):
         if "minValue" in one:
             print(f"{one['name']}: {one['value']} [{one['minValue']}, {one['maxValue']}]")
-    actions = [entity for entity in graph if entity["@type"] == "CreateAction"]
+    actions = [e for e in entities.values() if e["@type"] == "CreateAction"]
     makers = {one["@id"]: action for action in actions for one in many(action["result"])}
     asked, runs = of(claim, "mentions"), {}
     direct = {action["@id"] for action in asked}
@@ -64,10 +65,8 @@ def main(name, path):
         code = of(action, "instrument")[0]["identifier"]
         what = "run" if at in direct else "weights of"
         print(f"{what} {record}, commit {commits[at][:12]}, source {code}")
-    if runs and not data:
-        print("data: no dataset but what the code draws")
-    if not runs:
-        print("no runs yet")
+    if not data:
+        print("data: no dataset but what the code draws" if runs else "no runs yet")
 
 
 if __name__ == "__main__":
