@@ -108,7 +108,7 @@ class Verdict:
     part: str = ""
 
 
-def judge(rule: Rule, values: Sequence[float]) -> Verdict:
+def judge(rule: Rule, values: Sequence[float], confidence: float = 0.95) -> Verdict:
     """The word for ``values``, one a seed, by ``rule``; None for fewer than two seeds.
 
     ``above``, ``below``: *replicated* where the whole interval is beyond the bound (*smaller* where
@@ -119,7 +119,7 @@ def judge(rule: Rule, values: Sequence[float]) -> Verdict:
     """
     if len(values) < 2:
         return Verdict(None, n=len(values))
-    found = interval([rule.scaled(v) for v in values])
+    found = interval([rule.scaled(v) for v in values], confidence)
     low, high = found.low, found.high
     if rule.kind.startswith("every"):
         low, high = rule.scaled(min(values)), rule.scaled(max(values))
@@ -128,7 +128,7 @@ def judge(rule: Rule, values: Sequence[float]) -> Verdict:
     effect = None if rule.effect is None else rule.beyond(rule.reach(rule.effect))
     p = None
     if rule.kind in ("above", "below"):
-        word, p = _one_sided(rule, near, far, effect), _p(found, start)
+        word, p = _one_sided(rule, near, far, effect), _p(found, start, confidence)
     elif rule.kind == "within":
         end = rule.scaled(rule.upper)
         inside, outside = start <= low and high <= end, high < start or low > end
@@ -152,14 +152,14 @@ def _one_sided(rule: Rule, near: float, far: float, effect: float | None) -> str
     return NO_EFFECT if rule.margin and far < rule.beyond(rule.reach(rule.margin)) else INCONCLUSIVE
 
 
-def _p(found: Interval, bound: float) -> float:
+def _p(found: Interval, bound: float, confidence: float) -> float:
     """Two-sided p of Student's t for the mean being the bound."""
     from scipy import stats
 
     half = found.high - found.mean
     if half == 0:
         return 1.0 if found.mean == bound else 0.0
-    error = half / stats.t.ppf(0.975, found.n - 1)
+    error = half / stats.t.ppf((1 + confidence) / 2, found.n - 1)
     return float(2 * stats.t.sf(abs(found.mean - bound) / error, found.n - 1))
 
 
@@ -188,7 +188,7 @@ def holm(ps: Mapping[str, float], level: float = 0.05) -> dict[str, bool]:
     return {name: passed[name] for name in ps}
 
 
-def seeds_needed(rule: Rule, values: Sequence[float]) -> int | None:
+def seeds_needed(rule: Rule, values: Sequence[float], confidence: float = 0.95) -> int | None:
     """How many seeds of this spread make the interval no wider than the margin.
 
     Then it cannot hold both the bound and the margin, so that ``above`` and ``below`` cannot be
@@ -201,7 +201,7 @@ def seeds_needed(rule: Rule, values: Sequence[float]) -> int | None:
         return None
     width = abs(rule.beyond(rule.reach(rule.margin)))
     spread = stdev(rule.scaled(v) for v in values)
-    n = max(2, int((2 * NormalDist().inv_cdf(0.975) * spread / width) ** 2))
-    while 2 * stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) > width:
+    n = max(2, int((2 * NormalDist().inv_cdf((1 + confidence) / 2) * spread / width) ** 2))
+    while 2 * stats.t.ppf((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) > width:
         n += 1
     return n
