@@ -179,6 +179,28 @@ def test_wide_tables_scroll_in_their_own_box(screen, address):
     assert inside
 
 
+def test_verdicts_are_judged_anew_and_nothing_sticks_out(screen, address):
+    """Here the script has the theme; test_live.py holds what it says against kdutils."""
+    screen.wrong.clear()
+    screen.goto(f"{address}/notebooks/verdicts.html?margin=2&out=vid.3", wait_until="load")
+    if screen.locator("section.live form:visible").count() == 0:
+        screen.get_by_text("Judge otherwise").click()
+    screen.get_by_role("combobox", name="Confidence").select_option("99 %")
+    said = "Judged at 99 %, at twice the margins, without 1 seed."
+    assert screen.locator("section.live").get_by_role("status").inner_text().startswith(said)
+    for summary in screen.locator("details:has(div.claims) > summary").all():
+        summary.click()
+    width = screen.viewport_size["width"]
+    assert screen.evaluate("document.documentElement.scrollWidth") <= width
+    drawn = screen.locator("figure svg.live")
+    assert drawn.count() == 1 + len(notebooks.studies())
+    for box in [drawing.bounding_box() for drawing in drawn.all()]:
+        assert box["x"] >= 0
+        assert 300 < box["width"] <= width - box["x"]
+    assert screen.locator("article img:visible").count() == 0
+    assert screen.wrong == []
+
+
 def test_figures_of_the_study_have_captions(screen, address):
     cells = json.loads((PROJECT / f"{STUDY}.ipynb").read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
