@@ -183,12 +183,10 @@ def verify(
     must be the same; elsewhere the last accuracies may differ by at most 0.03.
     """
     notebooks.find(study)
-    found = records.published(study)
-    chosen = [c for c in found if c["key"].startswith(key)] if key else found
-    if key and not chosen:
-        raise runs.RunFailed(f"no published record of {study} with key {key!r}")
+    chosen = [c for c in records.published(study) if c["key"].startswith(key)]
     if not chosen:
-        raise runs.RunFailed(f"{study} has no published records in {records.published_folder()}")
+        wanted = f"{study} with key {key!r}" if key else study
+        raise runs.RunFailed(f"no published record of {wanted} in {records.published_folder()}")
     if not key:
         chosen = random.Random(seed).sample(chosen, min(sample, len(chosen)))
     sound = True

@@ -205,9 +205,18 @@ def _parsed(text: str) -> ast.Module:
 
 
 @functools.cache
-def _facts(node: ast.AST) -> tuple[str, set[str], set[str]]:
-    """What :func:`source_hash` asks of a node of a parsed text: its shape, names and globals."""
-    return _shape(node), _names(node), _globals(node)
+def _facts(tree: ast.AST) -> tuple[str, set[str], set[str]]:
+    """What :func:`source_hash` asks of a tree: its shape, names, and globals read.
+
+    The names are all names and attributes: more than is called, never less. The globals are the
+    names that are bound nowhere in the tree: no attributes, no local names.
+    """
+    nodes = list(ast.walk(tree))
+    names = {n.id for n in nodes if isinstance(n, ast.Name)}
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)}
+    bound |= {n.arg for n in nodes if isinstance(n, ast.arg)}
+    attributes = {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    return _shape(tree), names | attributes, names - bound
 
 
 def _shape(part) -> str:
@@ -218,29 +227,13 @@ def _shape(part) -> str:
     return f"[{', '.join(map(_shape, part))}]" if isinstance(part, list) else repr(part)
 
 
-def _names(tree: ast.AST) -> set[str]:
-    """Every name and attribute in the tree: more than is called, never less."""
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Name | ast.Attribute)]
-    return {n.id if isinstance(n, ast.Name) else n.attr for n in nodes}
-
-
-def _globals(tree: ast.AST) -> set[str]:
-    """The names read in the tree that are bound nowhere in it: no attributes, no local names."""
-    names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
-    bound = {n.id for n in names if not isinstance(n.ctx, ast.Load)}
-    bound |= {n.arg for n in ast.walk(tree) if isinstance(n, ast.arg)}
-    return {n.id for n in names} - bound
-
-
 def _plain(tree: ast.AST) -> ast.AST:
     """The tree without docstrings, its imports as if all our rooms lay side by side."""
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr):
-            value = body[0].value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                body.pop(0)
-        if isinstance(body, list):
+        if isinstance(body := getattr(node, "body", None), list):
+            match body:
+                case [ast.Expr(ast.Constant(str())), _, *_]:
+                    body.pop(0)
             _side_by_side(body)
     return tree
 

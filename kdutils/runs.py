@@ -44,17 +44,15 @@ class Study:
     ``engine`` says where :meth:`map` computes: ``serial``, ``processes``, ``dask`` (a cluster of
     this machine's cores) or the address of a Dask scheduler. Every run uses ``threads`` threads,
     wherever it is computed, because the last bits of a result depend on their number. How many go
-    side by side on this machine is ``workers``, or :func:`spread.workers` where that is None.
+    side by side on this machine is its ``workers``, or :func:`spread.workers` while that is None.
     With ``train=False`` only published records are read, so that the same is shown on every
     machine. ``smoke`` reads no records: it trains.
     """
 
-    def __init__(
-        self, name: str, *, scale: str, engine="processes", threads=1, train=True, workers=None
-    ):
+    def __init__(self, name: str, *, scale: str, engine="processes", threads=1, train=True):
         self.name, self.scale, self.engine = name, scale, engine
         self.threads, self.train = threads, train or scale == "smoke"
-        self.workers, self.sharing = workers, 1  # sharing: of a run that is being computed
+        self.workers, self.sharing = None, 1  # sharing: of a run that is being computed
         self.only, self.plan = "", None  # see notebooks.train
         self.records: list[Record] = []
         self.commit, self.register = records.commit(), records.register(name)
@@ -104,10 +102,16 @@ class Study:
 
     def costs(self) -> pd.DataFrame:
         """What the records used so far cost and where they were made, one row a kind of run."""
-        frame = pd.DataFrame([r.summary() for r in self.records])
+        made = pd.DataFrame([r.content["made"] | {"run": r.content["run"]} for r in self.records])
+        frame = made.assign(
+            device=made.device.where(made.device != "cpu", made.processor),
+            torch=made.versions.str["torch"],
+            source=made.source.str[:8],
+            minutes=made.seconds / 60,
+        )
         where = ["run", "device", "precision", "threads", "torch", "source"]
         sums = {"runs": ("minutes", "size"), "minutes": ("minutes", "sum")}
-        sums["memory"] = ("memory", "max")
+        sums["memory"] = ("peak_memory_mb", "max")
         return frame.groupby(where, sort=False).agg(**sums).reset_index()
 
     def _own_folder(self) -> Path:
@@ -166,19 +170,6 @@ class Record:
         names = {k for row in self.results.get("history", []) for k in row}
         return names - self.arguments.keys() - self.results.keys()
 
-    def summary(self) -> dict:
-        made = self.content["made"]
-        return {
-            "run": self.content["run"],
-            "device": made["device"] if made["device"] != "cpu" else made["processor"],
-            "precision": made["precision"],
-            "threads": made["threads"],
-            "torch": made["versions"]["torch"],
-            "source": made["source"][:8],
-            "minutes": made["seconds"] / 60,
-            "memory": made["peak_memory_mb"],
-        }
-
     def weights(self, name: str) -> Path:
         """The file of weights ``name``, e.g. ``e6``. What is gone or damaged is trained again.
 
@@ -205,13 +196,9 @@ class RunFunction:
     def bind(self, arguments: dict) -> dict:
         """The arguments by name, defaults filled in, as JSON would give them back."""
         signature = inspect.signature(self.function)
-        bound = signature.bind(None, **arguments)
-        bound.apply_defaults()
-        plain = dict(list(bound.arguments.items())[1:])
-        for name, kind in signature.parameters.items():
-            if kind.kind is inspect.Parameter.VAR_KEYWORD:
-                plain |= plain.pop(name)
-        return json.loads(json.dumps(plain))
+        signature.bind(None, **arguments)  # a TypeError names what is missing or unknown
+        known = {k: v.default for k, v in signature.parameters.items() if v.default is not v.empty}
+        return json.loads(json.dumps(known | arguments))
 
     def key(self, arguments: dict) -> str:
         """Twelve hexadecimal digits made of study, function, version and arguments."""

@@ -198,7 +198,9 @@ def test_as_many_side_by_side_as_fit(monkeypatch, cores, card, options, peaks, e
     monkeypatch.setattr("joblib.cpu_count", lambda: cores)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
     monkeypatch.setattr(spread, "_memory_mb", lambda: 10_000)
+    wanted = options.pop("workers", None)
     study = runs.Study("tiny", scale="laptop", **options)
+    study.workers = wanted
     assert spread.workers(study, [{"peak_memory_mb": peak} for peak in peaks]) == expected
 
 
