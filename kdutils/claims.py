@@ -6,6 +6,7 @@ came from, and everything else (mean, interval, word) is computed from these two
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -46,7 +47,6 @@ class Claim:
 
     id: str
     study: str
-    kind: str
     seeds: int
     texts: dict[str, str]
     rules: dict[str, Rule]
@@ -74,18 +74,15 @@ def _claim(row: dict) -> Claim:
         raise ValueError(f"it has no {absent[0]}")
     if None in row:
         raise ValueError("it has more fields than there are columns")
-    first, _, rest = row["kind"].partition(" ")
-    need, kind = None, rest if first == "all" else row["kind"]
-    if first == "any":
-        count, _, kind = rest.partition(" of ")
-        need = int(_number("kind", count, whole=True))
+    several, count, kind = re.fullmatch("(all |any (.+) of )?(.*)", row["kind"]).groups()
+    need = int(_number("kind", count, whole=True)) if count else None
     if kind not in verdicts.KINDS:
         known = f"{', '.join(verdicts.KINDS)}, and 'all …' or 'any 2 of …' before one of them"
         raise ValueError(f"unknown kind {row['kind']!r}; kinds: {known}")
     if row["unit"] not in UNITS:
         raise ValueError(f"unknown unit {row['unit']!r}; units: {', '.join(UNITS)}")
     parts = row["parts"].split(";") if row["parts"] else [""]
-    if len(set(parts)) < len(parts) or (len(parts) > 1) != (first in ("all", "any")):
+    if len(set(parts)) < len(parts) or (len(parts) > 1) != bool(several):
         raise ValueError(f"kind {row['kind']!r} does not fit its parts, {row['parts']!r}")
     if need is not None and not 1 <= need <= len(parts):
         raise ValueError(f"{need} of {len(parts)} parts cannot hold")
@@ -115,7 +112,7 @@ def _claim(row: dict) -> Claim:
         rule.scaled(rule.bound), rule.scaled(rule.reach(margin))
         rule.scaled(rule.reach(rule.effect or 0))
     texts = {name: row[name] for name in TEXTS}
-    return Claim(row["id"], row["study"], row["kind"], int(seeds), texts, rules, need)
+    return Claim(row["id"], row["study"], int(seeds), texts, rules, need)
 
 
 def _number(name: str, text: str, whole: bool = False) -> float:
@@ -150,21 +147,12 @@ def stored(study: str, scale: str, found: Mapping[str, Found | Mapping[str, Foun
         parts = found[name] if isinstance(found[name], Mapping) else {"": found[name]}
         if set(parts) != set(claim.rules):
             given, wanted = (", ".join(map(repr, sorted(x))) for x in (parts, claim.rules))
-            why = f"its parts are {wanted}, but runs are given for {given}"
-            raise ClaimError(f"claim {name}: {why}.")
+            raise ClaimError(
+                f"claim {name}: its parts are {wanted}, but runs are given for {given}."
+            )
         kept = {part: parts[part].as_dict() for part in claim.rules}
-        _check_seeds(claim, kept)
         rows.append({"id": name, "scale": scale, "parts": kept})
     return rows
-
-
-def _check_seeds(claim: Claim, parts: dict) -> None:
-    most = max((len(part["values"]) for part in parts.values()), default=0)
-    if most > claim.seeds:
-        raise ClaimError(
-            f"claim {claim.id}: {claim.seeds} seeds are registered, but there are {most}; "
-            "none may be added after a look."
-        )
 
 
 def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
@@ -184,9 +172,8 @@ def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
         if studies is not None and claim.study not in studies:
             continue
         row = by_id.get(claim.id, {"scale": None, "parts": {}})
-        _check_seeds(claim, row.get("parts", {}))
         try:
-            found = _verdict(claim, row.get("parts", {}))
+            found = _verdict(claim, row["parts"])
         except ValueError as error:
             raise ClaimError(f"claim {claim.id}: {error}.") from None
         if found["p"] is not None:
@@ -197,8 +184,12 @@ def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
 
 
 def _verdict(claim: Claim, parts: dict) -> dict:
+    """Raises ValueError, saying what is wrong, where there are too many seeds or odd values."""
     by_seed = {part: parts.get(part, {}).get("values", {}) for part in claim.rules}
     values = {part: list(of_part.values()) for part, of_part in by_seed.items()}
+    if (most := max(map(len, values.values()))) > claim.seeds:
+        why = "none may be added after a look"
+        raise ValueError(f"{claim.seeds} seeds are registered, but there are {most}; {why}")
     each = {part: verdicts.Verdict(None, n=len(found)) for part, found in values.items()}
     for part, rule in claim.rules.items():
         if len(values[part]) == claim.seeds:
@@ -242,10 +233,10 @@ def _margins(rule: Rule, found: verdicts.Verdict) -> dict | None:
     return drawn | {"effect": effect}
 
 
-def said(value: float, unit: str, sign: bool = True) -> str:
+def said(value: float, unit: str) -> str:
     """A value as a reader has it: ``+1.1 points``."""
     factor, digits, behind = UNITS[unit]
-    shown = f"{value * factor:{'+' if sign and unit != 'ratio' else ''}.{digits}f}"
+    shown = f"{value * factor:{'' if unit == 'ratio' else '+'}.{digits}f}"
     return f"{shown.replace('-', '−')}{behind}"
 
 

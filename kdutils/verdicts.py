@@ -119,24 +119,20 @@ def judge(rule: Rule, values: Sequence[float], confidence: float = 0.95) -> Verd
     """
     if len(values) < 2:
         return Verdict(None, n=len(values))
-    found = interval([rule.scaled(v) for v in values], confidence)
-    low, high = found.low, found.high
-    if rule.kind.startswith("every"):
-        low, high = rule.scaled(min(values)), rule.scaled(max(values))
+    scaled, every = [rule.scaled(v) for v in values], rule.kind.startswith("every")
+    found = interval(scaled, confidence)
+    low, high = (min(scaled), max(scaled)) if every else (found.low, found.high)
     start = rule.scaled(rule.bound)
     near, far = sorted((rule.side * (low - start), rule.side * (high - start)))
     effect = None if rule.effect is None else rule.beyond(rule.reach(rule.effect))
     p = None
     if rule.kind in ("above", "below"):
-        word, p = _one_sided(rule, near, far, effect), _p(found, start, confidence)
-    elif rule.kind == "within":
-        end = rule.scaled(rule.upper)
-        inside, outside = start <= low and high <= end, high < start or low > end
-        word = REPLICATED if inside else REVERSED if outside else INCONCLUSIVE
-    elif rule.kind.startswith("every"):
-        word = REPLICATED if near > 0 else REVERSED if far <= 0 else INCONCLUSIVE
+        word, p = _one_sided(rule, near, far, effect), _p(scaled, start)
     else:
-        word = REPLICATED if near >= 0 else REVERSED if far < 0 else INCONCLUSIVE
+        end = rule.scaled(rule.upper) if rule.kind == "within" else math.inf
+        inside = near > 0 if every else near >= 0 and high <= end
+        outside = far <= 0 if every else far < 0 or low > end
+        word = REPLICATED if inside else REVERSED if outside else INCONCLUSIVE
     back = math.exp if rule.ratio else float
     numbers = [back(value) for value in (found.mean, low, high)]
     lead = rule.side * (found.mean - start)
@@ -152,15 +148,13 @@ def _one_sided(rule: Rule, near: float, far: float, effect: float | None) -> str
     return NO_EFFECT if rule.margin and far < rule.beyond(rule.reach(rule.margin)) else INCONCLUSIVE
 
 
-def _p(found: Interval, bound: float, confidence: float) -> float:
+def _p(values: Sequence[float], bound: float) -> float:
     """Two-sided p of Student's t for the mean being the bound."""
     from scipy import stats
 
-    half = found.high - found.mean
-    if half == 0:
-        return 1.0 if found.mean == bound else 0.0
-    error = half / stats.t.ppf((1 + confidence) / 2, found.n - 1)
-    return float(2 * stats.t.sf(abs(found.mean - bound) / error, found.n - 1))
+    if len(set(values)) == 1:
+        return float(values[0] == bound)
+    return float(stats.ttest_1samp(values, bound).pvalue)
 
 
 def weakest(parts: Mapping[str, Verdict], need: int | None = None) -> Verdict:
