@@ -6,7 +6,6 @@ import re
 import tempfile
 import zipfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -80,7 +79,7 @@ def collect(name: str, path: Path, size: int) -> tuple[Path, list[str]]:
     Raises :class:`DataError` when there is nothing of one class, or an archive's entry climbs out.
     """
     path = Path(path)
-    names, read = _files(path)
+    names, opened = _files(path)
     found = [(entry, kind) for entry in names if (kind := _class(entry)) is not None]
     if not found and any(entry.endswith(".zip") for entry in names):
         inner = next(entry for entry in names if entry.endswith(".zip"))
@@ -89,11 +88,14 @@ def collect(name: str, path: Path, size: int) -> tuple[Path, list[str]]:
     def decode(i):
         from PIL import Image
 
-        with Image.open(io.BytesIO(read(found[i][0]))) as picture:
-            return _small(picture, size)
+        entry, kind = found[i]
+        with opened(entry) as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"more than {LARGEST} bytes are too many for a picture")
+        return Image.open(io.BytesIO(content)), kind
 
-    labels = np.array([kind for _, kind in found], np.uint8)
-    return _write(name, str(path), size, labels, decode, lambda i: found[i][0])
+    return _write(name, str(path), size, [entry for entry, _ in found], decode)
 
 
 def pets(name: str, size: int) -> tuple[Path, list[str]]:
@@ -101,32 +103,21 @@ def pets(name: str, size: int) -> tuple[Path, list[str]]:
 
     Both of its splits go together; the study draws its own.
     """
+    from torch.utils.data import ConcatDataset
+
     from kdutils._torchvision import torchvision
 
     with tempfile.TemporaryDirectory() as scratch:
         options = {"target_types": "binary-category", "download": True}
         try:
-            halves = [
+            both = ConcatDataset(
                 torchvision.datasets.OxfordIIITPet(scratch, split=split, **options)
                 for split in ("trainval", "test")
-            ]
+            )
         except (OSError, RuntimeError) as error:
             raise DataError(f"could not download {name} ({error}): check the network") from None
-        places = [(half, i) for half in halves for i in range(len(half))]
-        labels = np.zeros(len(places), np.uint8)
-
-        def decode(i):
-            half, at = places[i]
-            picture, labels[i] = half[at]
-            return _small(picture, size)
-
-        return _write(name, name, size, labels, decode, lambda i: f"picture {i}")
-
-
-def _small(picture, size: int) -> np.ndarray:
-    from PIL import Image
-
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.NEAREST))
+        called = [f"picture {i}" for i in range(len(both))]
+        return _write(name, name, size, called, both.__getitem__)
 
 
 def _class(entry: str) -> int | None:
@@ -136,50 +127,45 @@ def _class(entry: str) -> int | None:
     return next((CLASSES.index(word) for word in words if word in CLASSES), None)
 
 
-def _files(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """The names of all files in a folder or zip archive, sorted, and how to read one."""
+def _files(path: Path) -> tuple[list[str], Callable]:
+    """The names of all files in a folder or zip archive, sorted, and how to open one."""
     if path.is_dir():
         inside = (p for p in path.rglob("*") if p.is_file())
-        return sorted(p.relative_to(path).as_posix() for p in inside), lambda e: _whole(path / e)
+        names = sorted(p.relative_to(path).as_posix() for p in inside)
+        return names, lambda entry: open(path / entry, "rb")
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
         reason = f"it is no folder and no zip archive that can be read ({error})"
         raise DataError(f"{path} was not imported: {reason}") from None
-    entries = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+    entries = sorted({entry for entry in archive.namelist() if entry[-1:] != "/"})
     for entry in entries:
         windows = PureWindowsPath(entry)  # knows both kinds of slashes
         if windows.drive or windows.root or ".." in windows.parts:
             raise DataError(f"{path} was not imported: its entry {entry!r} climbs out of it")
-
-    def read(entry):
-        if entries[entry].file_size > LARGEST:
-            raise ValueError(f"{entries[entry].file_size} bytes are too many for a picture")
-        return archive.read(entry)
-
-    return sorted(entries), read
+    return entries, archive.open
 
 
-def _whole(path: Path) -> bytes:
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"{path.stat().st_size} bytes are too many for a picture")
-    return path.read_bytes()
+def _write(name, source, size, called, decode) -> tuple[Path, list[str]]:
+    """Decode pictures side by side (Pillow lets go of the interpreter) and write what was read.
 
+    ``called`` are their names; ``decode(i)`` returns the i-th of them and its label.
+    """
+    from PIL import Image
+    from tqdm.contrib.concurrent import thread_map
 
-def _write(name, source, size, labels, decode, called) -> tuple[Path, list[str]]:
-    """Decode pictures side by side (Pillow lets go of the interpreter) and write what was read."""
-    from tqdm.auto import tqdm
-
-    images = np.empty((len(labels), size, size, 3), np.uint8)
+    images = np.empty((len(called), size, size, 3), np.uint8)
+    labels = np.zeros(len(called), np.uint8)
 
     def one(i):
         try:
-            images[i] = decode(i)
+            picture, labels[i] = decode(i)
+            small = picture.convert("RGB").resize((size, size), Image.Resampling.NEAREST)
+            images[i] = np.asarray(small)
         except Exception as error:  # a broken file can make Pillow raise nearly anything
-            return f"{called(i)}: {str(error) or type(error).__name__}"
+            return f"{called[i]}: {str(error) or type(error).__name__}"
 
-    with ThreadPoolExecutor() as pool:
-        reasons = list(tqdm(pool.map(one, range(len(labels))), total=len(labels), unit="picture"))
+    reasons = thread_map(one, range(len(called)), unit="picture")
     skipped = [reason for reason in reasons if reason]
     good = np.array([reason is None for reason in reasons], bool)
     counts = np.bincount(labels[good], minlength=2)
