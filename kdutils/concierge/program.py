@@ -8,7 +8,8 @@ know how networks are trained.
 import json
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,6 @@ import typer
 from kdutils import files
 from kdutils.concierge.board import ENGINES
 
-KEYS = ("frames", "size", "emotions", "heads", "threshold", "files")
 HEADS = ("emotion", "face", "embedding")
 app = typer.Typer(
     help="The concierge on a device: box, emotion, and who it is.", pretty_exceptions_enable=False
@@ -41,11 +41,9 @@ class Totem:
         self.folder, path = Path(folder), Path(folder) / "model.json"
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            self.frames, self.size, self.emotions, heads, self.threshold, named = (
-                told[key] for key in KEYS
-            )
-            self.heads = {name: slice(*map(int, heads[name])) for name in HEADS}
-            self.threshold, named = float(self.threshold), dict(named)
+            self.frames, self.size, self.emotions = told["frames"], told["size"], told["emotions"]
+            self.heads = {name: slice(*map(int, told["heads"][name])) for name in HEADS}
+            self.threshold, named = float(told["threshold"]), dict(told["files"])
             self.people = int(told.get("false_accepts", {}).get("people", 0))
         except (FileNotFoundError, NotADirectoryError):
             raise TotemError(f"{path} does not exist: run the study, or name its folder") from None
@@ -216,26 +214,24 @@ def _squashed(frame, size: int) -> np.ndarray:
     return np.asarray(small)
 
 
-class Film:
-    """A video file of the frames seen, with box, emotion and person drawn in.
+@contextmanager
+def film(path: Path) -> Iterator[Callable]:
+    """A function that adds frames to a video file, with a box and a text drawn in.
 
-    Raises :class:`TotemError` where it cannot be written.
+    ``box`` is cx, cy, w, h in shares of the picture. Raises :class:`TotemError` where the file
+    cannot be written.
     """
+    import av
+    from PIL import Image, ImageDraw
 
-    def __init__(self, path: Path):
-        import av
+    try:
+        container = av.open(str(path), "w")
+    except (av.FFmpegError, ValueError, OSError) as error:
+        raise TotemError(f"{path} cannot be written ({error})") from None
+    stream = None
 
-        try:
-            self.container = av.open(str(path), "w")
-        except (av.FFmpegError, ValueError, OSError) as error:
-            raise TotemError(f"{path} cannot be written ({error})") from None
-        self.stream = None
-
-    def add(self, frames: list, box, text: str, rate: int) -> None:
-        """Add frames at ``rate`` a second; ``box`` is cx, cy, w, h in shares of the picture."""
-        import av
-        from PIL import Image, ImageDraw
-
+    def add(frames: list, box, text: str) -> None:
+        nonlocal stream
         for frame in frames:
             picture = frame.to_image()
             even = [side - side % 2 for side in picture.size]  # the codec asks for it
@@ -245,17 +241,17 @@ class Film:
             corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
             drawing.rectangle([*map(float, corners)], outline=(0, 255, 0), width=2)
             drawing.text((4, 4), text, fill=(0, 255, 0))
-            if self.stream is None:
-                self.stream = self.container.add_stream("mpeg4", rate=rate)
-                self.stream.width, self.stream.height = even
-                self.stream.pix_fmt = "yuv420p"
-            self.container.mux(self.stream.encode(av.VideoFrame.from_image(picture)))
+            if stream is None:
+                stream = container.add_stream("mpeg4", rate=25, pix_fmt="yuv420p")
+                stream.width, stream.height = even
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
 
-    def close(self) -> None:
-        """Write what is left; without it the file cannot be played."""
-        if self.stream is not None:
-            self.container.mux(self.stream.encode())
-        self.container.close()
+    with container:
+        try:
+            yield add
+        finally:  # without what is left the file cannot be played
+            if stream:
+                container.mux(stream.encode())
 
 
 def newest() -> Path:
@@ -324,8 +320,8 @@ def recognise(
             names, gallery = people.gallery(totem.identity, width)
     if not names:
         typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
-    writer = Film(video) if video else None
-    try:
+    # Ctrl-C is how a camera's run ends.
+    with film(video) if video else nullcontext() as add, suppress(KeyboardInterrupt):
         started = time.perf_counter()
         for number, (clip, frames) in enumerate(clips(source, totem.frames, totem.size, every)):
             found = totem.look(clip)
@@ -342,14 +338,8 @@ def recognise(
                 "frames_a_second": round(len(frames) / passed, 1),
             }
             print(json.dumps(line, ensure_ascii=False), flush=True)
-            if writer:
-                text = f"{line['emotion']}, {who or 'stranger'}"
-                writer.add(frames, found["box"], text, 25)
-    except KeyboardInterrupt:  # how a camera's run ends
-        pass
-    finally:
-        if writer:
-            writer.close()
+            if add:
+                add(frames, found["box"], f"{line['emotion']}, {who or 'stranger'}")
 
 
 @app.command("forget")
