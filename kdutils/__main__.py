@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from kdutils import claims as claims_room
-from kdutils import data, notebooks, parameters, pictures, records, runs, spread
+from kdutils import data, notebooks, parameters, pictures, records, runs
 from kdutils.concierge import program
 
 app = typer.Typer(
@@ -30,16 +30,6 @@ AnyStudy = Annotated[str, typer.Argument(help="A study's name; all if left out."
 Scale = Annotated[str, typer.Option(help="smoke, laptop or paper.")]
 Given = Annotated[list[str], typer.Option("--parameter", "-p", help="name=value, value in YAML.")]
 EXECUTED, SCALES = Path("_build/notebooks"), ("laptop", "paper")
-EXPECTED = (
-    claims_room.ClaimError,
-    data.DataError,
-    notebooks.NotebookFailed,
-    notebooks.UnknownStudy,
-    parameters.ParameterError,
-    program.TotemError,
-    runs.RunFailed,
-    spread.WorkerLost,
-)
 
 
 class Stopped(Exception):
@@ -229,7 +219,9 @@ def main():
         what_now = "what is finished is kept, and the same command goes on"
         typer.echo(f"kdutils: stopped; {what_now}", err=True)
         raise SystemExit(128 + error.args[0]) from None
-    except (*EXPECTED, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not type(error).__module__.startswith("kdutils."):
+            raise  # only errors of our own say what a user can mend
         typer.echo(f"kdutils: {error}", err=True)
         raise SystemExit(1 if isinstance(error, OSError) else 2) from None
 
