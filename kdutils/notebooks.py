@@ -170,17 +170,13 @@ def sync(study: str = "") -> list[Path]:
     from nbclient.exceptions import CellExecutionError
 
     files.sweep(FOLDER)
-    texts = {path: path.read_text(encoding="utf-8") for path in FOLDER.glob("*.md")}
-    sources = [path for path, text in texts.items() if "\nkernelspec:" in text]  # notes have none
-    sources.sort(key=lambda path: (path.stem in OUTCOMES, path.stem))
-    if study:  # and the pages that read its claims
-        named = [p for p in sources if study in (p.stem, p.stem.partition("-")[2])]
-        if not named:
-            find(study)
-        sources = [p for p in sources if p in named or p.stem in OUTCOMES]
-    elif not sources:
-        studies()
-    paths = [path.with_suffix(".ipynb") for path in sources]
+    pages = sorted(FOLDER.glob("*.md"), key=lambda path: (path.stem in OUTCOMES, path.stem))
+    pages = [p for p in pages if "\nkernelspec:" in p.read_text(encoding="utf-8")]  # no notes
+    named = [p for p in pages if study in ("", p.stem, p.stem.partition("-")[2])]
+    if not named:
+        find(study) if study else studies()
+    wanted = [p for p in pages if p in named or p.stem in OUTCOMES]  # these read its claims
+    paths = [path.with_suffix(".ipynb") for path in wanted]
     for path in paths:
         notebook = jupytext.read(path.with_suffix(".md"))
         if path.exists():  # cells that stay keep their ids

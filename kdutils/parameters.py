@@ -12,7 +12,8 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Gt, Interval, Le, Len, MinLen
+from annotated_types import Ge, Gt, Interval, Len, MinLen
+from annotated_types import Le as Le  # for notebooks
 from pydantic import AfterValidator, AllowInfNan, BaseModel, ConfigDict, ValidationError
 
 Scale = Literal["smoke", "laptop", "paper"]
@@ -52,10 +53,6 @@ Distinct, Rising = AfterValidator(_distinct), AfterValidator(_rising)
 def Length(n: int) -> Len:
     """A list of exactly ``n``."""
     return Len(n, n)
-
-
-__all__ = ["Count", "Distinct", "Engine", "Ge", "Le", "Length", "NotEmpty", "Parameters"]
-__all__ += ["Positive", "Rising", "Scale", "Share", "Whole"]
 
 
 class ParameterError(ValueError):

@@ -84,9 +84,8 @@ def compare(old: dict, new: dict) -> tuple[bool, str]:
     aside; otherwise the accuracies of the last epoch may differ by 0.03.
     """
     conditions = ("source", "device", "processor", "precision", "threads")
-    differ = [k for k in conditions if old["made"][k] != new["made"][k]]
-    versions = [record["made"]["versions"] for record in (old, new)]
-    differ += [k for k in VERSIONS if versions[0].get(k) != versions[1].get(k)]
+    before, after = (record["made"] | record["made"]["versions"] for record in (old, new))
+    differ = [k for k in (*conditions, *VERSIONS) if before.get(k) != after.get(k)]
     if not differ:
         if timeless(old) == timeless(new):
             return True, "the same numbers and weights, bit for bit"
