@@ -38,16 +38,15 @@ class Stopped(Exception):
 
 @contextmanager
 def stoppable():
-    """Let signals end what runs inside as an error does, so that it ends what it started."""
+    """From here on, signals end what runs as an error does, so that it ends what it started."""
     received = []
 
     def stop(signum, _):
         received.append(signum)
         raise KeyboardInterrupt
 
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as nohup has it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
             signal.signal(number, stop)
     try:
         yield
@@ -55,9 +54,6 @@ def stoppable():
         if received:  # whatever came of it on the way here
             raise Stopped(received[0]) from None
         raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @app.command()

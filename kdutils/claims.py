@@ -128,7 +128,7 @@ def _number(name: str, text: str, whole: bool = False) -> float:
 def judge(study: str, scale: str, found: Mapping) -> tuple[list[dict], list[dict]]:
     """A study's judged rows (:func:`judged`) and what its notebook keeps (:func:`stored`)."""
     keep = stored(study, scale, found)
-    return judged(keep, [study]), keep
+    return [row for row in judged(keep) if row["study"] == study], keep
 
 
 def stored(study: str, scale: str, found: Mapping[str, Found | Mapping[str, Found]]) -> list[dict]:
@@ -155,8 +155,8 @@ def stored(study: str, scale: str, found: Mapping[str, Found | Mapping[str, Foun
     return rows
 
 
-def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
-    """Every registered claim (of ``studies``) with what the stored rows say of it.
+def judged(rows: list[dict]) -> list[dict]:
+    """Every registered claim with what the stored rows say of it.
 
     Keys: those of the register; ``values`` (by seed, of the part that decides), ``parts``,
     ``runs``, ``scale``, ``found`` (seeds), ``verdict`` (one of five words, or None), ``part``,
@@ -169,8 +169,6 @@ def judged(rows: list[dict], studies: list[str] | None = None) -> list[dict]:
     if odd := sorted(by_id.keys() - known.keys()):
         raise ClaimError(f"values are stored for {odd[0]}, which is no registered claim.")
     for claim in known.values():
-        if studies is not None and claim.study not in studies:
-            continue
         row = by_id.get(claim.id, {"scale": None, "parts": {}})
         try:
             found = _verdict(claim, row["parts"])

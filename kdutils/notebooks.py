@@ -105,10 +105,8 @@ def _kernel() -> Iterator[type]:
         kernel_spec = KernelSpec(**get_kernel_dict())
 
         def __init__(self, **options):
-            options["connection_file"] = f"{folder}/connection.json"
-            if os.name == "posix":
-                options |= {"transport": "ipc", "ip": f"{folder}/k"}
-            super().__init__(**options)
+            own = {"connection_file": f"{folder}/connection.json", "transport": "ipc"}
+            super().__init__(**options | own | {"ip": f"{folder}/k"})
 
         async def _async_launch_kernel(self, command, **options):
             own = dict.fromkeys((*KERNEL_FOLDERS, "TMPDIR"), str(folder))

@@ -84,8 +84,7 @@ class Study:
         missing = [a for a in arguments if found[run.key(a)] is None]
         if (missing or self.plan) and self.train and self.only in ("", run.name):
             for content in (self.plan or spread.Plan()).compute(run, arguments, missing):
-                folder = run.folder(content["arguments"])
-                found[content["key"]] = Record(content, folder, run)
+                found[content["key"]] = Record(content, run.folder(content["arguments"]), run)
         elif missing and not self.plan:
             print(f"{run.name}: {len(missing)} of {len(arguments)} runs have no record yet")
         done = [record for record in found.values() if record is not None]
@@ -133,10 +132,9 @@ class Study:
 
 @dataclass
 class Run:
-    """What a run's function is told of itself: the folder that is its own, and its key."""
+    """What a run's function is told of itself: the folder that is its own."""
 
     folder: Path
-    key: str
 
 
 @dataclass
@@ -154,6 +152,12 @@ class Record:
     @property
     def results(self) -> dict:
         return self.content["results"]
+
+    def done(self) -> "Record":
+        """The record itself; a RunFailed where the run has no result."""
+        if self.content["status"] == "failed":
+            raise RunFailed(_failure(self))
+        return self
 
     def rows(self) -> list[dict]:
         """One row an epoch (one in all where there is no history).
@@ -178,9 +182,7 @@ class Record:
         file = f"{name}.safetensors"
         if file not in self.content["weights"]:
             raise KeyError(f"run {self.content['key']} kept no weights {name!r}")
-        made = self.run.compute(self.arguments, needs=file)
-        if made.content["status"] == "failed":
-            raise RunFailed(_failure(made))
+        made = self.run.compute(self.arguments, needs=file).done()
         self.content = made.content
         return made.folder / file
 
@@ -223,10 +225,7 @@ class RunFunction:
 
     def __call__(self, **arguments) -> Record:
         """The run's record, computed now if there is none."""
-        record = self.find(arguments) or self.compute(arguments)
-        if record.content["status"] == "failed":
-            raise RunFailed(_failure(record))
-        return record
+        return (self.find(arguments) or self.compute(arguments)).done()
 
     def compute(self, arguments: dict, needs: str = "record.json") -> Record:
         """Compute the run here, unless this machine has its record and the file it ``needs``.
@@ -273,7 +272,7 @@ class RunFunction:
             "status": "done",
         }
         try:
-            results = self.function(Run(folder, content["key"]), **bound)
+            results = self.function(Run(folder), **bound)
             floats = ((k, v) for k, v in results.items() if isinstance(v, float))
             if broken := [k for k, v in floats if not math.isfinite(v)]:
                 results = {"error": f"{', '.join(broken)} is not finite"}

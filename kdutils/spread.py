@@ -76,8 +76,7 @@ class Plan:
         for (kind, share), n in kinds.items():
             line = f"{kind}: {n} run{'s' * (n > 1)} to train" + f", {share} at a time" * (share > 1)
             if self.past.get(kind):
-                seconds = estimate([(kind, share)] * n, self.past)
-                line += f", about {duration(seconds)}"
+                line += f", about {duration(estimate([(kind, share)] * n, self.past))}"
             print(line + ", without those that they need" * bool(only))
         if len(kinds) > 1:
             seconds = estimate(new.values(), self.past)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import NormalDist, mean, stdev
 
 import pandas as pd
+import scipy  # its parts are imported when they are first used
 
 REPLICATED, SMALLER = "replicated", "replicated, smaller"
 NO_EFFECT, REVERSED, INCONCLUSIVE = "no effect", "reversed", "inconclusive"
@@ -35,15 +36,13 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
 
     Sums are exact, so that equal values have no spread and the order of seeds does not matter.
     """
-    from scipy import stats
-
     values = [float(value) for value in values]
     if not all(map(math.isfinite, values)):
         raise ValueError(f"there is no interval for values that are not finite: {values}")
     n = len(values)
     if n < 2:
         return Interval(values[0] if values else math.nan, math.nan, math.nan, n)
-    half = float(stats.t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n)
+    half = float(scipy.stats.t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return Interval(mean(values), mean(values) - half, mean(values) + half, n)
 
 
@@ -150,11 +149,9 @@ def _one_sided(rule: Rule, near: float, far: float, effect: float | None) -> str
 
 def _p(values: Sequence[float], bound: float) -> float:
     """Two-sided p of Student's t for the mean being the bound."""
-    from scipy import stats
-
     if len(set(values)) == 1:
         return float(values[0] == bound)
-    return float(stats.ttest_1samp(values, bound).pvalue)
+    return float(scipy.stats.ttest_1samp(values, bound).pvalue)
 
 
 def weakest(parts: Mapping[str, Verdict], need: int | None = None) -> Verdict:
@@ -189,13 +186,11 @@ def seeds_needed(rule: Rule, values: Sequence[float], confidence: float = 0.95) 
     inconclusive. None for the other kinds, which no number of seeds is sure to decide, and where
     there is no margin or no spread to go by.
     """
-    from scipy import stats
-
     if len(values) < 2 or not rule.margin or rule.kind not in ("above", "below"):
         return None
     width = abs(rule.beyond(rule.reach(rule.margin)))
     spread = stdev(rule.scaled(v) for v in values)
     n = max(2, int((2 * NormalDist().inv_cdf((1 + confidence) / 2) * spread / width) ** 2))
-    while 2 * stats.t.ppf((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) > width:
+    while 2 * scipy.stats.t.ppf((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) > width:
         n += 1
     return n
