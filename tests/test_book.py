@@ -20,7 +20,7 @@ from kdutils import notebooks
 
 PROJECT = Path(__file__).parent.parent
 STUDY = "notebooks/3-eskd"
-PAGES = ["notebooks/index", "book/methods", "book/rerun", "book/design", "book/log"]
+PAGES = ["notebooks/index", "book/methods", "book/rerun", "book/design", "book/log", "book/device"]
 PAGES += ["book/glossary", "book/references", "notebooks/verdicts", "notebooks/scenes"]
 PAGES += [f"notebooks/{path.stem}" for path in notebooks.studies().values()]
 WIDTHS = {"desktop": 1280, "phone": 390}
