@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from kdutils import claims, data, metrics, notebooks, records, train
 
+PAGE = notebooks.FOLDER / "4-binary.md"
 BYTES = (np.zeros(3), np.full(3, 255.0))
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
@@ -421,6 +423,62 @@ def test_the_papers_bins_are_as_the_page_says():
     assert len(sums) == 11  # the soft student's on test is missing
     assert (sums["size"] == 20).all()
     np.testing.assert_allclose(sums["sum"], 1, atol=3e-5)
+
+
+def test_what_the_paper_prints_is_as_the_page_says():
+    import pandas as pd
+
+    printed = pd.read_csv(records.PROJECT / "data" / "reported" / "binary-accuracies.csv")
+    of = {part: set(rows.accuracy) for part, rows in printed.groupby("part")}
+    assert {part: len(values) for part, values in of.items()}["validation"] == 14
+
+    def whole(values, n):
+        return sum(f"{round(v * n) / n:.5f}" == f"{v:.5f}" for v in values)
+
+    assert whole(of["validation"], 3750) == 0
+    assert [n for n in range(1, 7436) if whole(of["validation"], n) == 14] == [116 * 32 + 6]
+    assert whole(of["test"], 3750) == len(of["test"])
+    at = printed.set_index(["network", "part"]).sort_index()
+    assert round(17_500 * (1 - at.loc[("teacher", "train"), "accuracy"].item())) == 3
+    tests = printed[(printed.part == "test") & ~(printed.generation > 0)].set_index("network")
+    errors = (3750 * (1 - tests.accuracy)).round()
+    assert errors[["soft", "classical"]].tolist() == [138, 144]
+
+
+def test_the_papers_uncertainties_lie_between_what_its_bins_allow():
+    import pandas as pd
+
+    folder = records.PROJECT / "data" / "reported"
+    bins, printed = (pd.read_csv(folder / f"binary-{k}.csv") for k in ("bins", "accuracies"))
+    printed = printed[~(printed.generation > 0)].set_index(["network", "part"]).uncertainty
+    low = np.linspace(0, 0.95, 20)
+    near = np.minimum(low, 0.95 - low).clip(0)
+    for name, rows in bins.groupby(["network", "part"]):
+        share = rows.share.to_numpy()
+        assert share @ near**2 <= printed[name] <= share @ (near + 0.05) ** 2
+
+
+def test_the_page_stands_without_records_and_without_pytorch(tmp_path):
+    program = f"""
+import linecache, sys
+import jupytext, matplotlib
+matplotlib.use("Agg")
+names = {{"__name__": "page"}}
+for number, cell in enumerate(jupytext.read({str(PAGE)!r}).cells):
+    if cell.cell_type == "code":
+        name = f"cell {{number}}"
+        linecache.cache[name] = (1, None, cell.source.splitlines(keepends=True), name)
+        exec(compile(cell.source, name, "exec"), names)
+assert "torch" not in sys.modules
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "KDUTILS_RECORDS": str(tmp_path)},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert "binary-11: no verdict" in run.stdout
 
 
 # Verdicts
