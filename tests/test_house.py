@@ -198,6 +198,18 @@ def test_workflows_exist():
     assert {"ci", "cold"} <= {path.stem for path in WORKFLOWS}
 
 
+def test_every_supported_python_is_tested():
+    jobs = yaml.safe_load(text(".github/workflows/ci.yml"))["jobs"]
+    admitted = Requirement(f"python{PROJECT['requires-python']}").specifier
+    every = [f"3.{minor}" for minor in range(8, 30) if f"3.{minor}.0" in admitted]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == every
+    assert jobs["canary"]["continue-on-error"] is True
+
+
+def test_dependabot_is_sound():
+    tool("check_jsonschema", "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml")
+
+
 def test_hooks_are_sound():
     hooks = yaml.safe_load(text(".pre-commit-config.yaml"))["repos"][0]["hooks"]
     assert [hook["id"] for hook in hooks] == ["ruff-check", "ruff-format", "pairs"]
@@ -206,7 +218,7 @@ def test_hooks_are_sound():
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
 def test_code_is_in_style(command):
-    tool("ruff", *command, "kdutils", "tests", "tools")
+    tool("ruff", *command, "book", "kdutils", "tests", "tools")
 
 
 def reads_text_by_the_locale(node: ast.AST) -> bool:
