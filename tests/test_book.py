@@ -2,6 +2,7 @@
 
 import functools
 import http.server
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import yaml
+from axe_playwright_python.sync_playwright import Axe
 
 from kdutils import notebooks
 
@@ -23,7 +26,11 @@ STUDY = "notebooks/3-eskd"
 PAGES = ["notebooks/index", "book/methods", "book/rerun", "book/design", "book/log", "book/device"]
 PAGES += ["book/glossary", "book/references", "notebooks/verdicts", "notebooks/scenes"]
 PAGES += [f"notebooks/{path.stem}" for path in notebooks.studies().values()]
-WIDTHS = {"desktop": 1280, "phone": 390}
+NOTEBOOKS = [name for name in PAGES if name.startswith("notebooks/")]
+FORMULAS = "notebooks/2-vid"
+WIDTHS = {"desktop": 1280, "phone": 390, "paper": 720}
+REPOSITORY = "Someone/their-copy"  # that the book is built from, as CI's machines say it
+MEGABYTE = 1_000_000
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = [
     "--no-sandbox",
@@ -33,6 +40,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no other machine is found
 ]
 
 
@@ -66,7 +74,8 @@ def html(tmp_path_factory) -> Path:
     command = [Path(sys.executable).parent / "jupyter-book", "build", tree]
     command += ["-W", "-n", "--keep-going"]
     started = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    where = {"GITHUB_REPOSITORY": REPOSITORY, "GITHUB_SERVER_URL": "https://github.com"}
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | where)
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     if seconds > 60:
@@ -109,17 +118,21 @@ def browser():
         running.close()
 
 
-@pytest.fixture(scope="module", params=WIDTHS)
-def screen(request, browser, address):
-    """A page of each width that reaches the book and nothing else, and what goes wrong on it."""
-    page = browser.new_page(viewport={"width": WIDTHS[request.param], "height": 900})
+@pytest.fixture(scope="module")
+def screen(browser, address):
+    """A page, and what goes wrong on it: errors, and whatever asks for more than the book.
+
+    One for all tests, whose width and theme are switched in place.
+    """
+    page = browser.new_page(viewport={"width": WIDTHS["desktop"], "height": 900})
     page.wrong = []
 
-    def only_here(route):
-        return route.continue_() if route.request.url.startswith(address) else route.abort()
+    def asked(request):
+        if not request.url.startswith((address, "data:", "blob:")):
+            page.wrong.append(f"asks {request.url}")
 
     def heard(message):
-        if message.type == "error" and message.location["url"].startswith(address):
+        if message.type == "error":
             page.wrong.append(message.text)
 
     def thrown(error):
@@ -130,7 +143,7 @@ def screen(request, browser, address):
         if response.status >= 400:
             page.wrong.append(f"{response.status} {response.url}")
 
-    page.route("**/*", only_here)
+    page.on("request", asked)
     page.on("console", heard)
     page.on("pageerror", thrown)
     page.on("response", answered)
@@ -138,34 +151,120 @@ def screen(request, browser, address):
     page.close()
 
 
+def switch(screen, width: str | None = None, theme: str | None = None):
+    """As by turning the phone, or by the system's evening; the page hears of both by itself."""
+    if width:
+        screen.set_viewport_size({"width": WIDTHS[width], "height": 900})
+    if theme:
+        screen.emulate_media(color_scheme=theme)
+        night = "theme => document.documentElement.dataset.theme === theme"
+        screen.wait_for_function(night, arg=theme)
+    # Two pictures later all who heard of it have answered.
+    screen.evaluate("new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))")
+
+
+def sticking_out(screen) -> list[str]:
+    """What makes the page scroll sideways."""
+    return screen.evaluate(
+        """() => {
+            const width = window.innerWidth;
+            if (document.documentElement.scrollWidth <= width) return [];
+            const out = [...document.querySelectorAll("main *")]
+                .filter(e => e.getBoundingClientRect().right > width + 1)
+                .slice(0, 5).map(e => e.outerHTML.slice(0, 200));
+            return ["the page is wider than the screen", ...out];
+        }"""
+    )
+
+
+# What depends on colours alone; the rest of axe's rules ask about structure, focus and names.
+OF_COLOUR = ["color-contrast", "link-in-text-block"]
+# Opened folds, colours that change at once, and of code a word of each kind: thousands are alike.
+PREPARE = """() => {
+    for (const fold of document.querySelectorAll("details")) fold.open = true;
+    const style = document.createElement("style");
+    style.textContent = "* { transition: none !important }";
+    document.head.append(style);
+    const kinds = new Set();
+    for (const word of document.querySelectorAll("pre span")) {
+        if (kinds.has(word.className)) word.replaceWith(word.textContent);
+        kinds.add(word.className);
+    }
+}"""
+# One text of each colour, ground and size is enough.
+SAMPLE = """() => {
+    const kinds = new Set();
+    const ground = e => {
+        for (; e; e = e.parentElement) {
+            const colour = getComputedStyle(e).backgroundColor;
+            if (colour !== "rgba(0, 0, 0, 0)") return colour;
+        }
+    };
+    for (const e of document.body.querySelectorAll("*")) {
+        delete e.dataset.sample;
+        if (![...e.childNodes].some(n => n.nodeType === Node.TEXT_NODE && n.data.trim())) continue;
+        if (!e.checkVisibility({visibilityProperty: true})) continue;
+        const style = getComputedStyle(e);
+        const link = e.closest("p a") !== null;
+        const kind = [style.color, style.fontSize, style.fontWeight, ground(e), link].join();
+        if (!kinds.has(kind)) e.dataset.sample = "";
+        kinds.add(kind);
+    }
+}"""
+
+
+def barriers(screen, what: dict, rules: dict) -> list[str]:
+    """What axe finds of weight: ``serious`` and ``critical`` stop somebody from reading."""
+    found = screen.evaluate(
+        "([what, rules]) => axe.run(what, {resultTypes: ['violations'], preload: false, ...rules})"
+        ".then(results => results.violations)",
+        [what, rules],
+    )
+    return [
+        f"{kind['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for kind in found
+        if kind["impact"] in ("serious", "critical")
+        for node in kind["nodes"][:5]
+    ]
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_page(screen, address, name):
-    """Nothing sticks out sideways, every picture says what it shows, nothing of ours fails."""
+    """On either screen, by day and by night: nothing sticks out, fails or keeps anyone out.
+
+    Folds are open. Structure is looked at in either width (on a desk, what a phone folds away: the
+    rest is the same), colours in either theme (on a desk, where most can be seen).
+    """
     screen.wrong.clear()
+    switch(screen, "desktop")
     screen.goto(f"{address}/{name}.html", wait_until="load")
-    width = screen.viewport_size["width"]
-    sticking_out = screen.evaluate(
-        """width => document.documentElement.scrollWidth <= width ? [] :
-        [...document.querySelectorAll("main *")]
-            .filter(e => e.getBoundingClientRect().right > width + 1)
-            .slice(0, 5).map(e => e.outerHTML.slice(0, 200))""",
-        width,
+    switch(screen, theme="light")
+    formulas = screen.locator("article .math").count()
+    screen.wait_for_function(
+        "() => [...document.querySelectorAll('article .math')]"
+        ".every(formula => formula.querySelector('mjx-container'))"
     )
-    assert screen.evaluate("document.documentElement.scrollWidth") <= width, sticking_out
+    assert name != FORMULAS or formulas > 10
     assert screen.locator("article h1").count() == 1
-    mute = """images => images.filter(i => !i.alt.trim()).map(i => i.src)"""
-    assert screen.locator("article img").evaluate_all(mute) == []
-    assert screen.wrong == []
-
-
-def test_formulas_are_set_without_any_other_server(screen, address):
-    screen.goto(f"{address}/notebooks/2-vid.html", wait_until="load")
-    screen.wait_for_selector("mjx-container", timeout=20_000)
-    screen.wait_for_function("!document.querySelector('article').innerText.includes('\\\\(')")
-    assert screen.locator("article mjx-container").count() > 10
+    screen.evaluate(PREPARE)
+    screen.evaluate(Axe().axe_script)
+    structure = {"rules": {rule: {"enabled": False} for rule in OF_COLOUR}}
+    found = barriers(screen, {"exclude": [["article"]]}, structure)
+    switch(screen, "phone")
+    found += sticking_out(screen) + barriers(screen, {"exclude": []}, structure)
+    switch(screen, theme="dark")
+    found += sticking_out(screen)
+    switch(screen, "desktop")
+    for theme in ("dark", "light"):
+        switch(screen, theme=theme)
+        found += sticking_out(screen)
+        screen.evaluate(SAMPLE)
+        found += barriers(screen, {"include": [["[data-sample]"]]}, {"runOnly": OF_COLOUR})
+    assert found + screen.wrong == []
 
 
 def test_wide_tables_scroll_in_their_own_box(screen, address):
+    switch(screen, "desktop")
     screen.goto(f"{address}/notebooks/verdicts.html", wait_until="load")
     boxes = screen.locator("div.claims")
     assert boxes.count() == len(notebooks.studies())
@@ -173,15 +272,20 @@ def test_wide_tables_scroll_in_their_own_box(screen, address):
         summary.click()
     kinds = boxes.evaluate_all("all => all.map(box => getComputedStyle(box).overflowX)")
     assert set(kinds) == {"auto"}
-    inside = boxes.evaluate_all(
-        "all => all.every(box => box.getBoundingClientRect().right <= window.innerWidth)"
-    )
-    assert inside
+    for width in ("desktop", "phone"):
+        switch(screen, width)
+        inside = boxes.evaluate_all(
+            "all => all.every(box => box.getBoundingClientRect().right <= window.innerWidth)"
+        )
+        assert inside
+    assert {box.get_attribute("tabindex") for box in boxes.all()} == {"0"}  # for the keyboard
 
 
-def test_verdicts_are_judged_anew_and_nothing_sticks_out(screen, address):
+@pytest.mark.parametrize("width", ["desktop", "phone"])
+def test_verdicts_are_judged_anew_and_nothing_sticks_out(screen, address, width):
     """Here the script has the theme; test_live.py holds what it says against kdutils."""
     screen.wrong.clear()
+    switch(screen, width)
     screen.goto(f"{address}/notebooks/verdicts.html?margin=2&out=vid.3", wait_until="load")
     if screen.locator("section.live form:visible").count() == 0:
         screen.get_by_text("Judge otherwise").click()
@@ -190,63 +294,223 @@ def test_verdicts_are_judged_anew_and_nothing_sticks_out(screen, address):
     assert screen.locator("section.live").get_by_role("status").inner_text().startswith(said)
     for summary in screen.locator("details:has(div.claims) > summary").all():
         summary.click()
-    width = screen.viewport_size["width"]
-    assert screen.evaluate("document.documentElement.scrollWidth") <= width
+    assert sticking_out(screen) == []
     drawn = screen.locator("figure svg.live")
     assert drawn.count() == 1 + len(notebooks.studies())
     for box in [drawing.bounding_box() for drawing in drawn.all()]:
         assert box["x"] >= 0
-        assert 300 < box["width"] <= width - box["x"]
+        assert 300 < box["width"] <= WIDTHS[width] - box["x"]
     assert screen.locator("article img:visible").count() == 0
     assert screen.wrong == []
 
 
-def test_figures_of_the_study_have_captions(screen, address):
+def test_figures_of_the_study_have_captions(pages):
     cells = json.loads((PROJECT / f"{STUDY}.ipynb").read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
     pictures = [o for o in outputs if any(k.startswith("image/") for k in o.get("data", {}))]
-    screen.goto(f"{address}/{STUDY}.html", wait_until="load")
-    captions = screen.locator("article figure:has(img) figcaption").all_inner_texts()
-    assert len([text for text in captions if text.strip()]) == len(pictures)
-    assert screen.locator("article img").count() == len(pictures)
+    page = pages[STUDY]
+    assert len([text for text in page.captions if text.strip()]) == len(pictures)
+    assert len([image for image in page.images if "_images" in image["src"]]) == len(pictures)
 
 
-def test_study_can_be_launched(screen, address):
+def test_search_finds_what_a_reader_looks_for(screen, address):
+    screen.wrong.clear()
+    switch(screen, "desktop")
+    screen.goto(f"{address}/search.html?q=temperature", wait_until="load")
+    screen.wait_for_selector("#search-results li a")
+    found = screen.locator("#search-results li a").evaluate_all("all => all.map(a => a.pathname)")
+    assert any(f"/{STUDY}.html" in path for path in found)
+    assert screen.wrong == []
+
+
+def test_theme_is_switched_by_its_button_and_remembered(screen, address):
+    switch(screen, "desktop")
+    screen.goto(f"{address}/book/references.html", wait_until="load")
+    switch(screen, theme="light")
+    seen = set()
+    for _ in range(3):  # the system's, light, dark
+        screen.locator("button.theme-switch-button:visible").first.click()
+        mode, theme = screen.evaluate(
+            "() => [document.documentElement.dataset.mode, document.documentElement.dataset.theme]"
+        )
+        assert theme == ("light" if mode == "auto" else mode)
+        seen.add(mode)
+        if mode == "dark":
+            screen.reload(wait_until="load")
+            assert screen.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert seen == {"auto", "light", "dark"}
+    screen.evaluate("localStorage.clear()")
+
+
+def test_print_leaves_the_text_and_drops_the_rest(screen, address):
+    """In the dark theme, which must not print pale letters on white paper."""
+    switch(screen, "desktop")
     screen.goto(f"{address}/{STUDY}.html", wait_until="load")
-    launch = screen.locator("a[href*='mybinder.org']")
-    assert launch.count() == 1
-    assert f"{STUDY}.ipynb" in unquote(launch.get_attribute("href"))
+    switch(screen, theme="dark")
+    screen.emulate_media(media="print")
+    try:
+        gone = ".bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, .bd-header-article, footer"
+        shown = "elements => elements.filter(e => e.checkVisibility()).map(e => e.className)"
+        assert screen.locator(gone).count() >= 3
+        assert screen.locator(gone).evaluate_all(shown) == []
+        assert screen.locator("h1").evaluate_all(shown) != []
+        assert screen.locator(".tag_answer div.cell_output").first.is_visible()
+        figures = screen.locator("article figure img")
+        assert figures.count() == len(figures.evaluate_all(shown)) > 0
+        colours = (
+            "all => all.map(e => getComputedStyle(e).color.match(/\\d+/g).slice(0, 3).map(Number))"
+        )
+        ink = screen.locator("article :is(p, h2, a, th, td)").evaluate_all(colours)
+        assert all(max(colour) < 128 for colour in ink)
+        dimmed = "all => all.filter(image => getComputedStyle(image).filter !== 'none').length"
+        assert figures.evaluate_all(dimmed) == 0
+        wide = "document.documentElement.scrollWidth <= window.innerWidth"
+        switch(screen, "paper")
+        assert screen.evaluate(wide)
+    finally:
+        screen.emulate_media(media="screen")
 
 
 class Page(HTMLParser):
-    """What a page links to, and the places in it that can be linked to."""
+    """What a page links to and loads, the places in it that can be linked to, and its pictures."""
 
     def __init__(self, path: Path):
         super().__init__()
-        self.links, self.places = [], set()
+        self.path = path
+        self.links, self.loads, self.images, self.captions = [], [], [], []
+        self.places, self.says, self.canonical = set(), {}, None
+        self.in_caption = False
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         given = dict(attributes)
         if tag == "a" and given.get("href"):
             self.links.append(given["href"])
+        if tag == "img":
+            self.images.append(given)
+        if tag in ("img", "script") and given.get("src"):
+            self.loads.append(given["src"])
+        if tag == "link" and given.get("rel") == "canonical":
+            self.canonical = given["href"]
+        elif tag == "link":
+            self.loads.append(given["href"])
+        if tag == "meta" and (name := given.get("property", given.get("name"))):
+            self.says[name] = given.get("content")
+        if tag == "figcaption":
+            self.in_caption = True
+            self.captions.append("")
         self.places |= {given[key] for key in ("id", "name") if given.get(key)}
 
+    def handle_endtag(self, tag):
+        if tag == "figcaption":
+            self.in_caption = False
 
-def test_links_inside_the_book_resolve(html):
-    pages = {path.resolve(): Page(path) for path in html.rglob("*.html")}
+    def handle_data(self, text):
+        if self.in_caption:
+            self.captions[-1] += text
+
+
+@pytest.fixture(scope="module")
+def pages(html) -> dict[str, Page]:
+    found = (path for path in html.rglob("*.html") if "_static" not in path.parts)
+    return {str(path.relative_to(html).with_suffix("")): Page(path) for path in found}
+
+
+def target(page: Page, link: str) -> Path:
+    """The file that a link inside the book leads to."""
+    path = unquote(urlsplit(link).path)
+    return (page.path.parent / path).resolve() if path else page.path.resolve()
+
+
+def test_links_inside_the_book_resolve(pages):
+    """What a page loads is here, too: downloads, pictures, scripts."""
     assert len(pages) > len(PAGES)
+    places = {page.path.resolve(): page.places for page in pages.values()}
     dead = []
-    for path, page in pages.items():
-        for link in page.links:
+    for name, page in pages.items():
+        for link in page.links + page.loads:
             parts = urlsplit(link)
             if parts.scheme or parts.netloc:
+                dead += [f"{name} loads {link}"] if link in page.loads else []
                 continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            place = unquote(parts.fragment)
-            missing = not target.exists() or (
-                place and target in pages and place not in pages[target].places
-            )
-            if missing:
-                dead.append(f"{path.name}: {link}")
+            found, place = target(page, link), unquote(parts.fragment)
+            if not found.exists() or (place and found in places and place not in places[found]):
+                dead.append(f"{name}: {link}")
     assert dead == []
+
+
+def test_every_picture_says_what_it_shows(pages):
+    mute = [
+        f"{name}: {image['src']}"
+        for name, page in pages.items()
+        for image in page.images
+        # The logo's name stands beside it.
+        if not (image.get("alt") or "").strip() and "_static" not in image["src"]
+    ]
+    assert mute == []
+
+
+def test_pages_and_the_book_are_light(html, pages):
+    """A page with its pictures, and all that is published; what pages share is read once."""
+    heavy = {}
+    for name, page in pages.items():
+        shown = {target(page, image["src"]) for image in page.images}
+        size = page.path.stat().st_size
+        size += sum(path.stat().st_size for path in shown if "_static" not in path.parts)
+        if size > MEGABYTE:
+            heavy[name] = size
+    assert heavy == {}
+    sizes = {path: path.stat().st_size for path in html.rglob("*") if path.is_file()}
+    largest = sorted(sizes, key=sizes.get, reverse=True)[:5]
+    assert sum(sizes.values()) < 25 * MEGABYTE, largest
+
+
+def test_addresses_are_those_of_the_building_repository(html, pages):
+    site = "https://someone.github.io/their-copy/"
+    for name in PAGES:
+        page = pages[name]
+        assert page.canonical == page.says["og:url"] == f"{site}{name}.html"
+        assert page.says["og:title"]
+        assert page.says["description"]
+        card = page.says["og:image"]
+        assert card.startswith(site)
+        assert (html / card.removeprefix(site)).exists()
+        assert f"https://github.com/{REPOSITORY}" in page.links
+        launch = [link for link in page.links if "mybinder.org/" in link]
+        hub = f"https://mybinder.org/v2/gh/{REPOSITORY}/main?urlpath=lab/tree"
+        assert launch == ([f"{hub}/{name}.ipynb"] if name in NOTEBOOKS else [])
+    written = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))["repository"]
+    texts = [page.path.read_text(encoding="utf-8") for page in pages.values()]
+    assert not any(written["url"] in text for text in texts)
+    listed = (html / "sitemap.xml").read_text(encoding="utf-8")
+    assert listed.count("<loc>") == len(PAGES)
+    assert all(f"<loc>{site}{name}.html</loc>" in listed for name in PAGES)
+
+
+@pytest.fixture
+def published():
+    spec = importlib.util.spec_from_file_location("published", PROJECT / "book" / "published.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_address_follows_the_remote_and_is_absent_without_one(published, monkeypatch, tmp_path):
+    monkeypatch.delenv("GITHUB_REPOSITORY", raising=False)
+    assert published.repository(tmp_path) is None
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    assert published.repository(tmp_path) is None
+    asked = ["git", "-C", tmp_path, "remote"]
+    subprocess.run([*asked, "add", "origin", "/somewhere/else"], check=True)
+    assert published.repository(tmp_path) is None
+    for url in (
+        "git@github.com:a/b.c.git",
+        "https://github.com/a/b.c",
+        "ssh://git@github.com/a/b.c/",
+    ):
+        subprocess.run([*asked, "set-url", "origin", url], check=True)
+        assert published.repository(tmp_path) == "a/b.c"
+    settings = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))["sphinx"]
+    assert not {key for key in settings["config"] if key.startswith(("ogp_", "sitemap_"))}
+    assert published.address("Some/Thing") == "https://some.github.io/Thing/"
+    assert published.address("Some/some.github.io") == "https://some.github.io/"
