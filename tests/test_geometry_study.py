@@ -193,7 +193,31 @@ def test_a_packed_matrix_comes_back_to_a_thousandth(procedure_names, seed, size)
     np.fill_diagonal(matrix, 1)
     text = procedure_names["packed"](matrix)
     assert text.replace("-", "").replace(" ", "").isdigit()
-    np.testing.assert_allclose(procedure_names["unpacked"](text), matrix, atol=0.000501)
+    expected = matrix[np.triu_indices(size, 1)]
+    np.testing.assert_allclose(procedure_names["upper"](text), expected, atol=0.000501)
+
+
+def test_likeness_tells_the_own_teacher_from_strangers(procedure_names):
+    """Copies of teachers are all their own teacher's; what no teacher made is nobody's."""
+    draw = np.random.default_rng(0)
+    common = draw.uniform(-0.5, 0.5, (30, 30))
+
+    def packed(own):
+        matrix = common + own
+        return procedure_names["packed"](matrix + matrix.T)
+
+    teachers = {seed: packed(draw.uniform(-0.2, 0.2, (30, 30))) for seed in (0, 1, 2)}
+    values = {seed: procedure_names["upper"](text) for seed, text in teachers.items()}
+    found = procedure_names["likeness"](teachers, teachers)
+    np.testing.assert_allclose(found.own, 1)
+    two = [np.corrcoef(values[0], values[other])[0, 1] for other in (1, 2)]
+    assert found.strangers[0] == pytest.approx(np.mean(two))
+    assert (found.strangers < 0.95).all()
+    free = {seed: packed(0) for seed in teachers}  # what all teachers have in common
+    found = procedure_names["likeness"](free, teachers)
+    assert abs((found.own - found.strangers).mean()) < 1e-12  # each teacher counts on both sides
+    assert not len(procedure_names["likeness"]({0: teachers[0]}, {0: teachers[0]}))
+    assert list(procedure_names["likeness"]({}, {})) == ["own", "strangers"]
 
 
 @pytest.fixture(scope="module")
@@ -307,7 +331,7 @@ def test_a_student_alone_has_its_measures_and_no_answers_are_asked_for(procedure
     for name in ("pearson", "spearman", "cka", "frobenius", "nmi", "ari", "recall_at_1", "map"):
         assert math.isfinite(results[name]), name
     assert 0 <= results["transfer_accuracy"] <= 1
-    assert procedure["unpacked"](results["similarity"]).shape == (10, 10)
+    assert len(procedure["upper"](results["similarity"])) == 10 * 9 / 2
 
 
 def test_all_terms_are_timed_for_all_sizes(procedure):
