@@ -134,19 +134,22 @@ def tally(rows: list[dict]) -> plt.Axes:
     return ax
 
 
-def paired(found: dict) -> plt.Axes:
+def paired(found: dict, ax: plt.Axes | None = None, unit: str = "points") -> plt.Axes:
     """Differences by name (:class:`results.Found`): a dot a seed, the mean with its interval.
 
-    A paired comparison, in points, drawn in place of a table; the line at 0 is "no difference".
+    A paired comparison drawn in place of a table; the line at 0 is "no difference".
     """
-    ax = plt.subplots(figsize=(6.4, 0.45 * len(found) + 0.9))[1]
+    from kdutils.claims import UNITS
+
+    factor, _, behind = UNITS[unit]
+    ax = ax or plt.subplots(figsize=(6.4, 0.45 * len(found) + 0.9))[1]
     for y, one in enumerate(found.values()):
-        values = 100 * one.values.to_numpy(float)
+        values = factor * one.values.to_numpy(float)
         ax.plot(values, [y + 0.16] * len(values), "o", color="0.6", markersize=4)
         span = interval(values)
         ax.plot([span.low, span.high], [y - 0.08] * 2, color="#0173b2", linewidth=2.4)
         ax.plot(span.mean, y - 0.08, "o", color="#0173b2", markersize=7)
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
-    ax.set_xlabel("difference (points)")
+    ax.set_xlabel(f"difference{f' ({behind.strip()})' if behind else ''}")
     return ax
