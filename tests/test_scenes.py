@@ -114,11 +114,12 @@ def test_a_person_is_the_same_in_every_clip_and_people_differ(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("identities", "frames", "size"), [([], 8, 64), ([1], 1, 64), ([1], 8, 15)]
+    ("identities", "n", "frames", "size"),
+    [([], 3, 8, 64), ([1], 0, 8, 64), ([1], 3, 1, 64), ([1], 3, 8, 15)],
 )
-def test_too_little_to_draw_is_refused_in_one_sentence(identities, frames, size):
-    with pytest.raises(ValueError, match="at least one person, 2 frames and 16 pixels"):
-        scenes.draw(identities, 3, seed=0, frames=frames, size=size)
+def test_too_little_to_draw_is_refused_in_one_sentence(identities, n, frames, size):
+    with pytest.raises(ValueError, match="at least one person, one clip, 2 frames and 16 pixels"):
+        scenes.draw(identities, n, seed=0, frames=frames, size=size)
 
 
 def test_play_decides_how_hard_clips_are():

@@ -45,6 +45,9 @@ class Play(NamedTuple):
     covered: float = 0.25
 
 
+USUAL = Play()
+
+
 class Scenes(NamedTuple):
     """Clips (N, F, H, W, 3) uint8, with what is to be found in them.
 
@@ -59,51 +62,33 @@ class Scenes(NamedTuple):
 
 
 def draw(
-    identities: list[int],
-    n: int,
-    *,
-    seed: int,
-    frames: int = 8,
-    size: int = 64,
-    jobs: int = 1,
-    play: Play = Play(),  # noqa: B008 - it cannot be changed
+    identities, n: int, *, frames: int = 8, size: int = 64, jobs: int = 1, **options
 ) -> Scenes:
     """``n`` clips of these people, people and emotions in turn, so that all occur equally often.
 
     Clip i depends on (seed, i, its person, its emotion) alone; a person is the same in every clip.
-    Raises ValueError when there are no people, or frames or size are too small to show a face.
+    ``options`` are those of :func:`clip`. Raises ValueError when there are no people and clips, or
+    frames or size are too small to show a face.
     """
     import joblib
 
-    if not len(identities) or frames < 2 or size < 16:
+    if not len(identities) or n < 1 or frames < 2 or size < 16:
         raise ValueError(
-            f"identities, frames, size are {list(identities)}, {frames}, {size}: at least one "
-            "person, 2 frames and 16 pixels are needed"
+            f"identities, n, frames, size are {list(identities)}, {n}, {frames}, {size}: at least "
+            "one person, one clip, 2 frames and 16 pixels are needed"
         )
     people = [int(identities[i % len(identities)]) for i in range(n)]
     feelings = [i // len(identities) % len(EMOTIONS) for i in range(n)]
-    options = {"seed": seed, "frames": frames, "size": size, "play": play}
-    calls = (
-        joblib.delayed(clip)(person, feeling, index=i, **options)
-        for i, (person, feeling) in enumerate(zip(people, feelings, strict=True))
-    )
-    found = joblib.Parallel(n_jobs=jobs, batch_size=64)(calls)
-    clips = np.empty((n, frames, size, size, 3), np.uint8)
-    boxes = np.empty((n, 4), np.float32)
-    for i, (pictures, box) in enumerate(found):
-        clips[i], boxes[i] = pictures, box
-    return Scenes(clips, boxes, np.array(feelings, np.int64), np.array(people, np.int64))
+    options |= {"frames": frames, "size": size}
+    each = enumerate(zip(people, feelings, strict=True))
+    calls = (joblib.delayed(clip)(*who, index=i, **options) for i, who in each)
+    clips, boxes = zip(*joblib.Parallel(n_jobs=jobs, batch_size=64)(calls), strict=True)
+    labels = (np.array(values, np.int64) for values in (feelings, people))
+    return Scenes(np.stack(clips), np.stack(boxes), *labels)
 
 
 def clip(
-    identity: int,
-    emotion: int,
-    *,
-    seed: int,
-    index: int,
-    frames: int = 8,
-    size: int = 64,
-    play: Play = Play(),  # noqa: B008 - it cannot be changed
+    identity: int, emotion: int, *, seed: int, index: int, frames=8, size=64, play: Play = USUAL
 ) -> tuple[np.ndarray, np.ndarray]:
     """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32."""
     person, take = _Draws(PEOPLE, identity), _Draws(seed, index)
@@ -222,13 +207,8 @@ class _Canvas:
     def bytes(self, take: _Draws) -> np.ndarray:
         """The frames as uint8 with noise, (F, H, W, 3)."""
         out = np.stack(self.colours, -1)
-        count = -(-out.size // 4)  # a raw number makes four pairs of bytes
-        noise = (
-            take.philox.random_raw(count)
-            .astype("<u8")
-            .view(np.uint8)[: 2 * out.size]
-            .astype(np.int16)
-        )
+        raw = take.philox.random_raw(-(-out.size // 4))  # a number makes four pairs of bytes
+        noise = raw.astype("<u8").view(np.uint8)[: 2 * out.size].astype(np.int16)
         noise = (noise[::2] + noise[1::2] - 255).reshape(out.shape).astype(np.float32)
         out = out * 255 + noise * take(0.01, 0.06)
         return np.clip(out, 0, 255).astype(np.uint8)
@@ -244,9 +224,8 @@ def _background(canvas: _Canvas, take: _Draws) -> None:
         a, b = take(0.04, 0.25), take(0.04, 0.25)
         shape = canvas.ellipse(take(), take(), a, b, u=x, v=y, unit=np.float32(1))
         canvas.paint(shape, take.colour())
-    shoulders = canvas.ellipse(
-        canvas.x, canvas.y + canvas.height * 2, canvas.height * 1.7, canvas.height, x, y, 1
-    )
+    tall = canvas.height
+    shoulders = canvas.ellipse(canvas.x, canvas.y + tall * 2, tall * 1.7, tall, x, y, 1)
     canvas.paint(shoulders, take.colour())
 
 
