@@ -223,32 +223,57 @@ def twice(path, rows):
     write(path, [*rows, rows[4]])
 
 
+def line_6(path, rows, change):
+    lines = (path / "labels.csv").read_text(encoding="utf-8").splitlines()
+    lines[5] = change(lines[5])
+    (path / "labels.csv").write_text("\n".join(lines), encoding="utf-8")
+
+
+def longer(path, rows):
+    line_6(path, rows, lambda line: f"{line},more")
+
+
+def shorter(path, rows):
+    line_6(path, rows, lambda line: line.rpartition(",")[0])
+
+
 FAULTS = {
-    "no table": (lambda path, rows: (path / "labels.csv").unlink(), r"labels\.csv does not exist"),
-    "a column": (without_column, r"labels\.csv has no column 'emotion'"),
+    "no table": (
+        lambda path, rows: (path / "labels.csv").unlink(),
+        r"labels\.csv was .* No such f",
+    ),
+    "a column": (
+        without_column,
+        r"labels\.csv was not read .*'emotion'.*the columns clip, emotion,",
+    ),
     "emotion": (
         change(emotion="joy"),
-        r"line 6, clip 'Jan/c1': unknown emotion 'joy'; emo",
+        r"line 6, clip 'Jan/c1': emotion is 'joy'; it must be one of sadness, ",
     ),
-    "outside": (change(cx=0.9), r"line 6, clip 'Jan/c1': the box .* lies outside the picture"),
-    "no size": (change(w=0), r"line 6, clip 'Jan/c1': the box .* has no size"),
-    "no number": (change(h="tall"), r"line 6, .*the box is no four numbers .*'tall'"),
-    "not finite": (change(h="nan"), r"line 6, .*the box .* has no size"),
+    "no emotion": (change(emotion="NA"), r"line 6, .*emotion is 'NA'; it must be one of sadness, "),
+    "outside": (change(cx=0.9), r"line 6, clip 'Jan/c1': box is \['0.9', .* lie in the picture"),
+    "no size": (change(w=0), r"line 6, clip 'Jan/c1': box is .*'0', '0.6'.; it must have a size"),
+    "no number": (change(h="tall"), r"line 6, .*box is .*'tall'.; it must have a size"),
+    "not finite": (change(h="nan"), r"line 6, .*box is .*'nan'.; it must have a size"),
+    "endless": (change(cx="inf", w="inf"), r"line 6, .*box is .'inf', .*; it must have a size"),
     "registered": (change(registered="yes"), r"line 6, .*registered is 'yes'; it must be 0 or 1"),
-    "in some lines": (change(registered=0), r"'Jan' is registered in some lines only"),
-    "climbs out": (change(clip="../../Jan/c1"), r"line 6, clip '../../Jan/c1': it climbs out of"),
-    "climbs, Windows": (change(clip="..\\Jan\\c1"), r"line 6, .*it climbs out of"),
-    "absolute": (change(clip="/etc/passwd"), r"line 6, .*it climbs out of"),
-    "link": (linked_out, r"line 6, clip 'Jan/c1': it climbs out of"),
-    "absent": (change(clip="Jan/c9"), r"line 6, clip 'Jan/c9': .*c9 does not exist"),
-    "too deep": (change(clip="Jan"), r"line 6, clip 'Jan': a clip is written <identity>/<clip>"),
+    "in some lines": (change(registered=0), r"clip 'Jan/c0': registered is '1'; it must be so in "),
+    "climbs out": (change(clip="../../Jan/c1"), r"line 6, clip '../../Jan/c1': .* and lie in"),
+    "climbs, Windows": (change(clip="..\\Jan\\c1"), r"line 6, .* and lie in"),
+    "absolute": (change(clip="/etc/passwd"), r"line 6, clip '/etc/passwd': .* and lie in"),
+    "a root": (change(clip="/etc"), r"line 6, clip '/etc': .* and lie in"),
+    "link": (linked_out, r"line 6, clip 'Jan/c1': .* and lie in"),
+    "absent": (change(clip="Jan/c9"), r"line 6, clip 'Jan/c9': .* and lie in .*clips"),
+    "too deep": (change(clip="Jan"), r"line 6, .*clip is 'Jan'; it must be <identity>/<clip>"),
     "unreadable": (unreadable, r"line 6, clip 'Jan/c1': .*frame_2\.png cannot be read"),
-    "short": (short, r"line 6, clip 'Jan/c1': it has 1 frames, and 2 are asked for"),
-    "one clip": (one_clip, r"'Jan' is registered and has 1 of the 3 clips needed"),
+    "short": (short, r"line 6, clip 'Jan/c1': .*it has 1 frames, and 2 are asked for"),
+    "one clip": (one_clip, r"'Jan/c0': number of clips is 1; a registered person needs 3"),
     "no strangers": (no_strangers, r"has 2 registered people and 0 others; 2 of each"),
-    "not UTF-8": (not_utf8, r"labels\.csv was not read: it is not UTF-8"),
-    "twice": (twice, r"line 14, clip 'Jan/c1': the clip is in an earlier line too"),
-    "no rows": (lambda path, rows: write(path, []), r"labels\.csv has no rows"),
+    "not UTF-8": (not_utf8, r"labels\.csv was not read .*; it must be UTF-8"),
+    "twice": (twice, r"line 14, clip 'Jan/c1': .*it must have one line alone"),
+    "a field too many": (longer, r"labels\.csv was not read .*line 6.*; it must "),
+    "a field too few": (shorter, r"line 6, clip 'Jan/c1': registered is ''; it must be 0 or 1"),
+    "no rows": (lambda path, rows: write(path, []), r"labels\.csv has 0 registered people and 0 "),
 }
 
 

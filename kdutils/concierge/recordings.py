@@ -3,14 +3,10 @@
 Knows files and batches of clips; knows no networks and no losses.
 """
 
-import csv
 import hashlib
-import json
-import math
 import os
 import tempfile
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
@@ -21,10 +17,10 @@ from kdutils.concierge import scenes
 from kdutils.concierge.scenes import EMOTIONS
 from kdutils.data import DataError
 
-COLUMNS = ("clip", "emotion", "cx", "cy", "w", "h", "registered")
+BOX = ("cx", "cy", "w", "h")
+COLUMNS = ("clip", "emotion", *BOX, "registered")
 PICTURES = (".png", ".jpg", ".jpeg")
 LAYOUT = "clip, row, column, frame and colour"  # of clips in a kept file
-LARGEST = 4096  # pixels of a side; what is larger is no frame of a clip, and may be a trap
 
 
 class Part(NamedTuple):
@@ -46,6 +42,13 @@ class Part(NamedTuple):
         """The clips that an index or a mask (N,) names."""
         return Part(*(values[chosen] for values in self))
 
+    def fingerprint(self) -> str:
+        """SHA-256 over everything."""
+        digest = hashlib.sha256()
+        for values in self:
+            digest.update(values.ravel())
+        return digest.hexdigest()
+
 
 class Recordings(NamedTuple):
     """Three parts, and how many people training knows; registered people are the first of these.
@@ -62,21 +65,13 @@ class Recordings(NamedTuple):
 
     def fingerprint(self) -> str:
         """SHA-256 over everything."""
-        digest = hashlib.sha256(f"{self.registered} {self.known}".encode())
-        for part in self[:3]:
-            for values in part:
-                digest.update(_bytes(values))
-        return digest.hexdigest()
+        parts = [part.fingerprint() for part in self[:3]]
+        return hashlib.sha256(f"{self.registered} {self.known} {parts}".encode()).hexdigest()
 
 
 def side_by_side(clips: np.ndarray) -> np.ndarray:
     """Clips (N, F, S, S, 3) as a :class:`Part` has them, (N, S, S, 3 F)."""
     return np.moveaxis(clips, 1, 3).reshape(*clips.shape[:1], *clips.shape[2:4], -1)
-
-
-def _bytes(values: np.ndarray) -> np.ndarray:
-    """An array's bytes without a copy of them."""
-    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 @lru_cache(maxsize=1)
@@ -87,77 +82,60 @@ def drawn(
     strangers: tuple[int, int],
     clips: tuple[int, int, int],
     seed: int,
-    frames: int,
-    size: int,
-    play: tuple[float, float, float] = scenes.Play(),
-    jobs: int = 1,
+    **options,
 ) -> Recordings:
     """Talking scenes, drawn once and kept as one file in the folder of datasets.
 
     People: ``registered`` ones, ``others`` who are in training too, and ``strangers`` of validation
     and of test. ``clips`` are counts for training, validation and test; half of validation and test
-    are strangers'; ``play`` is :class:`scenes.Play`. A file that is damaged is set aside, and one
-    drawn by other code is not read. Raises ValueError naming what is too small.
+    are strangers'; ``options`` are those of :func:`scenes.draw`. A file that is damaged is set
+    aside, and one drawn by other code is not read.
     """
     from filelock import FileLock
 
-    wanted = {"registered": registered, "others": others, "strangers": strangers, "clips": clips}
-    if registered < 1 or min(strangers) < 1 or min(clips) < 2:
-        raise ValueError(f"{wanted}: one registered person, one stranger and 2 clips are needed")
-    wanted |= {"seed": seed, "frames": frames, "size": size, "play": play}
+    jobs, known = options.pop("jobs", 1), registered + others
+    options["play"] = scenes.Play(*options.get("play", ()))
+    wanted = (registered, known, strangers, clips, seed, options)
     drawing = files.sha256(Path(scenes.__file__))
-    name = hashlib.sha256(f"{json.dumps(wanted)} {drawing} {LAYOUT}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{wanted} {drawing} {LAYOUT}".encode()).hexdigest()[:16]
     path = data.folder() / f"scenes-{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if path.exists():
             try:
-                return _kept(path, registered, registered + others)
+                with np.load(path) as kept:
+                    parts = [Part(*(kept[f"{k}_{i}"] for k in Part._fields)) for i in range(3)]
+                return Recordings(*parts, registered, known)
             except Exception as error:  # zip, header, size and key errors all mean the same here
                 files.set_aside(path, str(error))
-        found = _draw(wanted, jobs)
-        arrays = {f"{k}_{i}": v for i, part in enumerate(found[:3]) for k, v in _named(part)}
+        found = _draw(*wanted, jobs)
+        named = [(i, *item) for i in range(3) for item in found[i]._asdict().items()]
         with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
             partial = Path(scratch) / "whole.npz"
-            np.savez(partial, fingerprint=np.array(found.fingerprint()), **arrays)
+            np.savez(partial, **{f"{k}_{i}": values for i, k, values in named})
             os.replace(partial, path)
     return found
 
 
-def _named(part: Part):
-    return part._asdict().items()
-
-
-def _kept(path: Path, registered: int, known: int) -> Recordings:
-    with np.load(path, allow_pickle=False) as archive:
-        parts = [Part(*(archive[f"{k}_{i}"] for k in Part._fields)) for i in range(3)]
-        expected = str(archive["fingerprint"])
-    found = Recordings(*parts, registered, known)
-    if found.fingerprint() != expected:
-        raise DataError("its fingerprint is not its content's")
-    return found
-
-
-def _draw(wanted: dict, jobs: int) -> Recordings:
-    registered, others = wanted["registered"], wanted["others"]
-    ends = np.cumsum([registered, others, *wanted["strangers"]]).tolist()
-    users, known = list(range(registered)), list(range(ends[1]))
-    unknown = [list(range(a, b)) for a, b in pairwise(ends[1:])]
-    options = {"frames": wanted["frames"], "size": wanted["size"], "jobs": jobs}
-    options["play"] = scenes.Play(*wanted["play"])
-    seeds = iter(range(5 * wanted["seed"], 5 * wanted["seed"] + 5))
+def _draw(registered, known, strangers, clips, seed, options, jobs) -> Recordings:
+    seeds = iter(range(5 * seed, 5 * seed + 5))
 
     def part(*groups):
-        each = [scenes.draw(who, n, seed=next(seeds), **options) for who, n in groups]
-        each = [found._replace(clips=side_by_side(found.clips)) for found in each]
-        joined = [np.concatenate(values) for values in zip(*each, strict=True)]
-        return Part(*joined, joined[3] < registered)
+        each = [scenes.draw(who, n, seed=next(seeds), jobs=jobs, **options) for who, n in groups]
+        pictures, *labels = (np.concatenate(values) for values in zip(*each, strict=True))
+        return Part(side_by_side(pictures), *labels, labels[2] < registered)
 
-    train, *counts = wanted["clips"]
-    halves = [
-        [(users, n - n // 2), (them, n // 2)] for n, them in zip(counts, unknown, strict=True)
-    ]
-    return Recordings(part((known, train)), part(*halves[0]), part(*halves[1]), registered, ends[1])
+    def held(n, first, count):
+        unknown = range(first, first + count)
+        return part((range(registered), n - n // 2), (unknown, n // 2))
+
+    return Recordings(
+        part((range(known), clips[0])),
+        held(clips[1], known, strangers[0]),
+        held(clips[2], known + strangers[0], strangers[1]),
+        registered,
+        known,
+    )
 
 
 class Batch(NamedTuple):
@@ -188,15 +166,10 @@ class Clips(data.Batches):
         self.batch_size, self.seed, self.pad = batch_size, seed, pad
         self.flip, self.shuffle = flip, shuffle
         self.device = torch.device(device)
-        self.part = part
-        digest = hashlib.sha256()
-        for values in part:
-            digest.update(_bytes(values))
-        self._content = digest.hexdigest()
-        self.clips = torch.as_tensor(part.clips, device=self.device)
-        self.boxes = torch.as_tensor(part.boxes, device=self.device)
-        self.labels = torch.as_tensor(part.emotions, device=self.device)
-        self.people = torch.as_tensor(part.people, device=self.device)
+        self.part, self._content = part, part.fingerprint()
+        self.clips, self.boxes, self.labels, self.people = (
+            torch.as_tensor(values, device=self.device) for values in part[:4]
+        )
 
     def identity(self) -> str:
         options = (self.batch_size, self.seed, self.pad, self.flip, self.shuffle)
@@ -207,9 +180,8 @@ class Clips(data.Batches):
 
         order = torch.as_tensor(self.order(epoch), device=self.device)
         views = torch.as_tensor(self.views(epoch), device=self.device)[:, order]
-        for start in range(0, len(order), self.batch_size):
-            index = order[start : start + self.batch_size]
-            moved = views[:, start : start + self.batch_size]
+        steps = order.split(self.batch_size), views.split(self.batch_size, 1)
+        for index, moved in zip(*steps, strict=True):
             images = self._windows(index, *moved).float().div_(255).sub_(0.5).permute(0, 3, 1, 2)
             labels = self.labels[index], self.people[index]
             yield Batch(images, *labels, self._boxes(self.boxes[index], *moved), index, epoch)
@@ -249,145 +221,126 @@ def read_folder(path: Path, *, frames: int, size: int) -> Recordings:
     registered are strangers, half of them in validation and half in test.
     Raises :class:`DataError` naming row and file; nothing is kept of a folder with a fault.
     """
-    path = Path(path)
-    rows = _table(path)
-    by_person = {}
-    for row in rows:
-        by_person.setdefault(row["identity"], []).append(row)
-    _check_people(path, by_person)
-    clips = side_by_side(np.stack([_frames(row, frames, size) for row in rows]))
-    users = sorted(name for name, found in by_person.items() if found[0]["registered"])
-    strangers = sorted(set(by_person) - set(users))
-    number = {name: i for i, name in enumerate(users + strangers)}
-    people = np.array([number[row["identity"]] for row in rows], np.int64)
+    import pandas as pd
+
+    rows = _table(Path(path))
+    users = rows.identity[rows.registered].nunique()
+    ordered = rows.sort_values(["registered", "identity"], ascending=[False, True])
+    people = pd.Index(ordered.identity.unique()).get_indexer(rows.identity)
+    clips = [_frames(row.file, row.where, frames, size) for row in rows.itertuples()]
     whole = Part(
-        clips,
-        np.array([row["box"] for row in rows], np.float32),
-        np.array([EMOTIONS.index(row["emotion"]) for row in rows], np.int64),
+        side_by_side(np.stack(clips)),
+        rows[list(BOX)].astype(float).to_numpy(np.float32),
+        pd.Index(EMOTIONS).get_indexer(rows.emotion),
         people,
-        people < len(users),
+        people < users,
     )
-    parts = np.full(len(rows), 0)
-    for i in range(len(users)):
+    parts = np.where(people < users, 0, 1 + (people - users) % 2)
+    for i in range(users):
         own = np.flatnonzero(people == i)
         # A table may be in the order of emotions.
         own = own[np.argsort(data._random(0, i, 0, len(own)))]
         held = max(1, round(0.15 * len(own)))
         parts[own[-held:]], parts[own[-2 * held : -held]] = 2, 1
-    for k, name in enumerate(strangers):
-        parts[people == number[name]] = 1 + k % 2
     found = (whole.pick(parts == k) for k in range(3))
-    return Recordings(*found, len(users), len(users))
+    return Recordings(*found, users, users)
 
 
-def _table(path: Path) -> list[dict]:
+def _table(path: Path) -> "pd.DataFrame":  # noqa: F821
     """The rows of ``labels.csv``, checked; ``where`` in each says file and line."""
-    table = path / "labels.csv"
+    import pandas as pd
+
+    table, places = path / "labels.csv", path / "clips"
+    options = {"dtype": str, "encoding": "utf-8-sig", "skip_blank_lines": False}
+    options |= {"na_values": "", "keep_default_na": False}
     try:
-        text = table.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{table} does not exist; it must have {', '.join(COLUMNS)}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{table} was not read: it is not UTF-8 ({error})") from None
-    reader = csv.DictReader(text.splitlines())
-    missing = [name for name in COLUMNS if name not in (reader.fieldnames or [])]
-    if missing:
-        raise DataError(f"{table} has no column {missing[0]!r}; columns: {', '.join(COLUMNS)}")
-    rows, seen = [], set()
-    for row in reader:
-        where = f"{table}, line {reader.line_num}, clip {row['clip']!r}"
-        rows.append(_row(path, row, where))
-        if rows[-1]["file"] in seen:
-            raise DataError(f"{where}: the clip is in an earlier line too")
-        seen.add(rows[-1]["file"])
-    if not rows:
-        raise DataError(f"{table} has no rows")
+        rows = pd.read_csv(table, **options).reset_index(drop=True)[list(COLUMNS)]
+    except (OSError, ValueError, KeyError) as error:
+        wanted = f"it must be UTF-8 and have the columns {', '.join(COLUMNS)}"
+        raise DataError(f"{table} was not read ({str(error).strip()}); {wanted}") from None
+    rows = rows.dropna(how="all").fillna("")
+    lines = zip(rows.index + 2, rows["clip"], strict=True)
+    rows["where"] = [f"{table}, line {number}, clip {clip!r}" for number, clip in lines]
+    rows["identity"] = [PureWindowsPath(clip).parent.name for clip in rows["clip"]]
+    rows["file"] = [_file(places, clip) for clip in rows["clip"]]
+    rows["box"] = rows[list(BOX)].to_numpy().tolist()
+    of_one = rows.groupby("identity").registered
+    rows["number of clips"] = of_one.transform("size")
+    few = rows["number of clips"] < 3  # to train on, to choose by, to report
+    faults = [
+        (rows.file.isna(), "clip", f"it must be <identity>/<clip> and lie in {places}"),
+        (rows.file.duplicated(), "clip", "it must have one line alone"),
+        (~rows.emotion.isin(EMOTIONS), "emotion", f"it must be one of {', '.join(EMOTIONS)}"),
+        (~rows.box.map(_is_box), "box", "it must have a size and lie in the picture (in shares)"),
+        (~rows.registered.isin(["0", "1"]), "registered", "it must be 0 or 1"),
+        (of_one.transform("nunique") > 1, "registered", "it must be so in all of a person's lines"),
+        (few & (rows.registered == "1"), "number of clips", "a registered person needs 3"),
+    ]
+    for faulty, column, allowed in faults:
+        if faulty.any():
+            row = rows[faulty].to_dict("records")[0]
+            raise DataError(f"{row['where']}: {column} is {row[column]!r}; {allowed}")
+    rows["registered"] = rows.registered == "1"
+    kinds = [rows.identity[rows.registered == kind].nunique() for kind in (True, False)]
+    if min(kinds) < 2:
+        raise DataError(
+            f"{table} has {kinds[0]} registered people and {kinds[1]} others; 2 of each are needed"
+        )
     return rows
 
 
-def _row(path: Path, row: dict, where: str) -> dict:
-    if None in row or None in row.values():
-        raise DataError(f"{where}: the line has not as many fields as the first line")
-    clip = PureWindowsPath(row["clip"])  # knows both kinds of slashes
-    root = (path / "clips").resolve()
-    file = root.joinpath(*clip.parts).resolve()
-    if clip.drive or clip.root or ".." in clip.parts or not file.is_relative_to(root):
-        raise DataError(f"{where}: it climbs out of {path / 'clips'}")
-    if len(clip.parts) != 2:
-        raise DataError(f"{where}: a clip is written <identity>/<clip>")
-    if not file.exists():
-        raise DataError(f"{where}: {file} does not exist")
-    if row["emotion"] not in EMOTIONS:
-        known = ", ".join(EMOTIONS)
-        raise DataError(f"{where}: unknown emotion {row['emotion']!r}; emotions: {known}")
-    if row["registered"] not in ("0", "1"):
-        raise DataError(f"{where}: registered is {row['registered']!r}; it must be 0 or 1")
+def _file(places: Path, clip: str) -> Path | None:
+    """Where the clip ``<identity>/<clip>`` lies; None where that is not in these places."""
+    parts = PureWindowsPath(clip).parts  # knows both kinds of slashes
+    file = places.joinpath(*parts).resolve()
+    inside = len(parts) == 2 and file.is_relative_to(places.resolve())
+    return file if inside and file.exists() else None
+
+
+def _is_box(texts: list[str]) -> bool:
+    """Whether these are four numbers of a box that has a size and lies in the picture."""
     try:
-        box = [float(row[name]) for name in ("cx", "cy", "w", "h")]
-    except ValueError as error:
-        raise DataError(f"{where}: the box is no four numbers ({error})") from None
-    cx, cy, w, h = box
-    if not all(map(math.isfinite, box)) or w <= 0 or h <= 0:
-        raise DataError(f"{where}: the box {box} has no size")
+        cx, cy, w, h = map(float, texts)
+    except ValueError:
+        return False
     edges = (cx - w / 2, 1 - cx - w / 2, cy - h / 2, 1 - cy - h / 2)
-    if min(edges) < -1e-6:
-        raise DataError(f"{where}: the box {box} lies outside the picture; it is in its shares")
-    rest = {"identity": clip.parts[0], "file": file, "box": box, "where": where}
-    return rest | {"emotion": row["emotion"], "registered": row["registered"] == "1"}
+    return w > 0 and h > 0 and all(edge >= -1e-6 for edge in edges)
 
 
-def _check_people(path: Path, by_person: dict) -> None:
-    for name, rows in by_person.items():
-        if len({row["registered"] for row in rows}) > 1:
-            raise DataError(f"{rows[-1]['where']}: {name!r} is registered in some lines only")
-        if rows[0]["registered"] and len(rows) < 3:
-            raise DataError(
-                f"{rows[0]['where']}: {name!r} is registered and has {len(rows)} of the 3 clips "
-                "needed, one each to train on, to choose by and to report"
-            )
-    kinds = [rows[0]["registered"] for rows in by_person.values()]
-    if sum(kinds) < 2 or len(kinds) - sum(kinds) < 2:
-        raise DataError(
-            f"{path / 'labels.csv'} has {sum(kinds)} registered people and "
-            f"{len(kinds) - sum(kinds)} others; 2 of each are needed"
-        )
-
-
-def _frames(row: dict, frames: int, size: int) -> np.ndarray:
+def _frames(file: Path, where: str, frames: int, size: int) -> np.ndarray:
     """Frames (F, S, S, 3) uint8 of a clip, evenly spaced."""
     from PIL import Image
 
-    file = row["file"]
-    if file.is_dir():
-        every = [p for p in sorted(file.glob("frame_*")) if p.suffix.lower() in PICTURES]
-        chosen = every
-    else:
-        chosen = every = list(_video(file, row["where"]))
-    if len(every) < frames:
-        raise DataError(f"{row['where']}: it has {len(every)} frames, and {frames} are asked for")
-    chosen = [every[i] for i in np.linspace(0, len(every) - 1, frames).round().astype(int)]
-    out = np.empty((frames, size, size, 3), np.uint8)
-    for i, one in enumerate(chosen):
-        try:
-            picture = Image.open(one) if isinstance(one, Path) else one
-            if max(picture.size) > LARGEST:
-                raise ValueError(f"{picture.size} pixels are too many")
-            out[i] = picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-        except Exception as error:  # a broken file can make Pillow raise nearly anything
-            name = one if isinstance(one, Path) else file
-            raise DataError(f"{row['where']}: {name} cannot be read ({error})") from None
-    return out
+    read = file
+    try:
+        if file.is_dir():
+            every = [p for p in sorted(file.glob("frame_*")) if p.suffix.lower() in PICTURES]
+        else:
+            every = list(video(str(file)))
+        if len(every) < frames:
+            raise ValueError(f"it has {len(every)} frames, and {frames} are asked for")
+        out = []
+        for i in np.linspace(0, len(every) - 1, frames).round().astype(int):
+            read = every[i]
+            out.append(squashed(Image.open(read) if file.is_dir() else read.to_image(), size))
+        return np.stack(out)
+    except Exception as error:  # a broken file can make Pillow raise nearly anything
+        raise DataError(f"{where}: {read} cannot be read ({error})") from None
 
 
-def _video(file: Path, where: str):
-    """The frames of a video file as pictures."""
+def squashed(picture, size: int) -> np.ndarray:
+    """A picture as (S, S, 3) uint8: a device sees in the way in which one trains."""
+    from PIL import Image
+
+    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+
+
+def video(source: str):
+    """The frames of a video file or camera (/dev/video0); raises whatever PyAV does."""
     try:
         import av
     except ImportError:
-        raise DataError(f"{where}: video needs the project's extra 'edge' (PyAV)") from None
-    try:
-        with av.open(str(file)) as container:
-            for frame in container.decode(video=0):
-                yield frame.to_image()
-    except (av.FFmpegError, IndexError) as error:
-        raise DataError(f"{where}: {file} cannot be read ({error})") from None
+        raise ImportError("video needs PyAV: install the project's extra 'edge'") from None
+    camera = source.startswith("/dev/video")
+    with av.open(source, format="v4l2" if camera else None) as container:
+        yield from container.decode(video=0)
