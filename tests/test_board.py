@@ -67,7 +67,7 @@ def test_what_is_wrong_is_said_and_no_file_is_left(folder, tmp_path):
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "a.onnx").write_bytes((folder / "student-face.onnx").read_bytes()[:999])
     for where, sentence in [
-        ("missing", "board: missing is no folder"),
+        ("missing", "board: there is no network in missing (.onnx"),
         ("empty", "board: there is no network in empty (.onnx"),
         ("torn", "board: onnxruntime cannot read torn/a.onnx ("),
     ]:
@@ -82,7 +82,7 @@ def test_what_is_wrong_is_said_and_no_file_is_left(folder, tmp_path):
 
 def test_an_engine_that_is_not_there_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(board.EngineError, match="openvino is not installed; installed: none"):
+    with pytest.raises(board.EngineError, match="'openvino' cannot be used; usable: none"):
         board.chosen("openvino")
     with pytest.raises(board.EngineError, match="install openvino or onnxruntime"):
         board.chosen("")

@@ -12,6 +12,7 @@ from test_recordings import film
 
 from kdutils import files, notebooks
 from kdutils.concierge import program, scenes
+from kdutils.concierge.board import EngineError
 from kdutils.concierge.program import People, Totem, TotemError
 
 pytest.importorskip("av", reason="PyAV is in the extra 'edge'")
@@ -120,7 +121,7 @@ def test_the_studys_files_find_and_refuse_people_that_training_never_saw_as_it_s
     side = setting["size"]
     clips = part.clips[strangers].reshape(len(strangers), side, side, setting["frames"], 3)
     seen = [totem.look(clip.transpose(2, 0, 1, 3))["embedding"] for clip in np.asarray(clips)]
-    with People(tmp_path / "p.sqlite3", new=True) as people:
+    with People.opened(tmp_path / "p.sqlite3", new=True) as people:
         for k in firsts:
             people.add(str(part.people[strangers[k]]), seen[k], totem.identity)
         names, gallery = people.gallery(totem.identity, setting["embedding"])
@@ -139,7 +140,7 @@ def test_the_studys_files_find_and_refuse_people_that_training_never_saw_as_it_s
 
 def test_what_is_forgotten_leaves_no_bytes(tmp_path):
     embedding = np.random.default_rng(0).random(64).astype("<f4")
-    with People(tmp_path / "p.sqlite3", new=True) as people:
+    with People.opened(tmp_path / "p.sqlite3", new=True) as people:
         people.add("Ada", embedding, "m")
         people.add("Bo", embedding[::-1].copy(), "m")
         people.remove("Ada")
@@ -204,23 +205,29 @@ def rewrite(folder, **entries):
 
 
 DAMAGE = {
-    "a bit": (lambda f: flip(f / "student.onnx"), r"student\.onnx is damaged: its SHA-256"),
-    "a file": (lambda f: (f / "student.onnx").unlink(), r"student\.onnx does not exist, though"),
+    "a bit": (lambda f: flip(f / "student.onnx"), r"student\.onnx is absent or damaged: .*SHA-256"),
+    "a file": (lambda f: (f / "student.onnx").unlink(), r"student\.onnx is absent or damaged"),
     "no JSON": (
         lambda f: (f / "model.json").write_text("{", encoding="utf-8"),
-        r"model\.json is damaged",
+        r"model\.json is absent or damaged",
     ),
     "a key": (
         lambda f: (f / "model.json").write_text("{}", encoding="utf-8"),
-        r"model\.json is damaged .*'frames'",
+        r"model\.json is absent or damaged .*'frames'",
     ),
     "climbs out": (
         lambda f: rewrite(f, files={"../student.onnx": "0"}),
-        r"\.\./student\.onnx does not exist",
+        r"\.\./student\.onnx is absent or damaged",
     ),
-    "a list": (lambda f: rewrite(f, files=[1]), r"model\.json is damaged"),
-    "a word": (lambda f: rewrite(f, threshold="high"), r"model\.json is damaged .*'high'"),
-    "all": (lambda f: (f / "model.json").unlink(), r"model\.json does not exist"),
+    "a list": (lambda f: rewrite(f, files=[1]), r"model\.json is absent or damaged"),
+    "a word": (
+        lambda f: rewrite(f, threshold="high"),
+        r"model\.json is absent or damaged .*'high'",
+    ),
+    "all": (
+        lambda f: (f / "model.json").unlink(),
+        r"model\.json is absent or damaged .*: run the study",
+    ),
 }
 
 
@@ -232,27 +239,29 @@ def test_a_damaged_model_is_named_and_not_read(damage, model, tmp_path):
 
 
 def test_an_engine_that_cannot_be_had_is_said(model, monkeypatch):
-    with pytest.raises(TotemError, match="unknown engine 'tflite'; engines: openvino, onnxruntime"):
-        Totem(model, "tflite")
-    with pytest.raises(TotemError, match=r"no engine can read .*: install openvino"):
-        Totem(model, "openvino")  # there is no int8 file in this folder
-    monkeypatch.setattr(program, "find_spec", lambda name: None)
-    with pytest.raises(TotemError, match="install openvino or onnxruntime"):
+    for engine in ("tflite", "openvino"):  # there is no int8 file in this folder
+        with pytest.raises(EngineError, match=f"'{engine}' cannot be used; usable: onnxruntime;"):
+            Totem(model, engine)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="usable: none; install openvino or onnxruntime"):
         Totem(model)
 
 
 def test_a_damaged_database_is_named_and_not_half_read(tmp_path):
     path = tmp_path / "p.sqlite3"
     path.write_bytes(b"no database, but long enough to be taken for one" * 40)
-    with pytest.raises(TotemError, match=r"p\.sqlite3 is damaged and was not used"), People(path):
+    with (
+        pytest.raises(TotemError, match=r"p\.sqlite3 is damaged and was not used"),
+        People.opened(path),
+    ):
         pass
     path.unlink()
     with sqlite3.connect(path) as other:
         other.execute("CREATE TABLE people (id INTEGER)")
-    with pytest.raises(TotemError, match=r"p\.sqlite3 is damaged"), People(path):
+    with pytest.raises(TotemError, match=r"p\.sqlite3 is damaged"), People.opened(path):
         pass
     path.unlink()
-    with People(path, new=True) as people:
+    with People.opened(path, new=True) as people:
         people.add("Ada", np.ones(4, "<f4"), "m")
         people.database.execute("UPDATE people SET embedding = x'00'")
         with pytest.raises(TotemError, match="damaged: the embedding of 'Ada' is none"):
@@ -262,23 +271,23 @@ def test_a_damaged_database_is_named_and_not_half_read(tmp_path):
 def test_a_database_that_is_busy_read_only_or_absent_is_not_called_damaged(tmp_path, monkeypatch):
     path = tmp_path / "p.sqlite3"
     with pytest.raises(TotemError, match=r"p\.sqlite3 does not exist: nobody is enrolled"):
-        People(path).__enter__()
+        People.opened(path).__enter__()
     assert not path.exists()
-    with People(path, new=True) as people:
+    with People.opened(path, new=True) as people:
         people.add("Ada", np.ones(4, "<f4"), "m")
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda where: connect(where, timeout=0))
     with connect(path) as other:
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(TotemError, match=r"cannot be used now .*locked"), People(path):
+        with pytest.raises(TotemError, match=r"cannot be used now .*locked"), People.opened(path):
             pass
 
     def removed_where_nothing_can_be_written():
-        with People(path) as people:
+        with People.opened(path) as people:
             people.database.execute("PRAGMA query_only = ON")
             people.remove("Ada")
 
-    with pytest.raises(TotemError, match=r"was not changed .*readonly"):
+    with pytest.raises(TotemError, match=r"cannot be used now .*readonly"):
         removed_where_nothing_can_be_written()
 
 
@@ -300,7 +309,7 @@ def test_more_people_than_the_threshold_was_set_with_are_said(model, videos, tmp
 
 
 def test_people_enrolled_with_another_model_are_not_compared(tmp_path):
-    with People(tmp_path / "p.sqlite3", new=True) as people:
+    with People.opened(tmp_path / "p.sqlite3", new=True) as people:
         people.add("Ada", np.ones(4, "<f4"), "old")
         with pytest.raises(TotemError, match="'Ada' was enrolled with another model"):
             people.gallery("new", 4)
@@ -317,7 +326,7 @@ def test_people_enrolled_with_another_model_are_not_compared(tmp_path):
 )
 def test_what_is_wrong_is_said_in_one_sentence(words, sentence, model, tmp_path):
     if words[0] == "forget":
-        with People(tmp_path / "p.sqlite3", new=True) as people:
+        with People.opened(tmp_path / "p.sqlite3", new=True) as people:
             people.add("Ada", np.ones(4, "<f4"), "m")
     options = ["--database", tmp_path / "p.sqlite3"]
     options += ["--model", model] if words[0] != "forget" else []
@@ -325,7 +334,7 @@ def test_what_is_wrong_is_said_in_one_sentence(words, sentence, model, tmp_path)
 
 
 def test_a_name_twice_a_short_video_and_no_model_are_refused(model, tmp_path):
-    with People(tmp_path / "p.sqlite3", new=True) as people:
+    with People.opened(tmp_path / "p.sqlite3", new=True) as people:
         people.add("Ada", np.ones(4, "<f4"), "m")
         with pytest.raises(TotemError, match="'Ada' is enrolled already; forget 'Ada' first"):
             people.add("Ada", np.ones(4, "<f4"), "m")

@@ -2,9 +2,10 @@
 
 import sys
 
+from kdutils.concierge.board import EngineError
 from kdutils.concierge.program import TotemError, app
 
 try:
     app()
-except (TotemError, OSError) as error:
+except (EngineError, TotemError, OSError) as error:
     sys.exit(f"kdutils: {error}")

@@ -19,7 +19,7 @@ import platform
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -82,35 +82,39 @@ def timed(
     return {k: np.percentile(values[5:], [25, 50, 75]).tolist() for k, values in taken.items()}
 
 
-def chosen(wanted: str) -> str:
-    """The wanted engine, or the first that is installed."""
+def chosen(wanted: str, able: Iterable[str] = ENGINES) -> str:
+    """The wanted engine, or the first that is installed, of those that are able to read a model."""
     from importlib.util import find_spec
 
-    there = [name for name in ENGINES if find_spec(name)]
-    if wanted and wanted not in there:
-        raise EngineError(f"{wanted} is not installed; installed: {', '.join(there) or 'none'}")
-    if not there:
-        raise EngineError(f"no engine is installed; install {' or '.join(ENGINES)}")
-    return wanted or there[0]
+    usable = [name for name in able if find_spec(name)]
+    if wanted not in usable and (wanted or not usable):
+        here, needed = ", ".join(usable) or "none", " or ".join(ENGINES)
+        raise EngineError(f"engine {wanted!r} cannot be used; usable: {here}; install {needed}")
+    return wanted or usable[0]
+
+
+def opened(engine: str, path: Path, threads: int) -> tuple[Callable, tuple]:
+    """A network in an engine, from an array to its outputs, and the shape that it takes."""
+    try:
+        return ENGINES[engine](path, threads)
+    except Exception as error:  # whatever an engine raises for a damaged file
+        raise EngineError(f"{engine} cannot read {path} ({error})") from None
 
 
 def networks(folders: list[Path], engine: str) -> dict[str, Path]:
     """The networks in these folders that the engine reads, by name.
 
-    Raises :class:`EngineError` for what is no folder, where there is no network, and where two
-    folders have one of the same name.
+    Raises :class:`EngineError` for a folder without any, and where two folders have one of the same
+    name.
     """
     found = {}
     for folder in folders:
-        if not folder.is_dir():
-            raise EngineError(f"{folder} is no folder")
         here = {p.stem: p for suffix in READS[engine] for p in sorted(folder.glob(f"*{suffix}"))}
+        if not here:
+            raise EngineError(f"there is no network in {folder} ({' or '.join(READS[engine])})")
         for name in found.keys() & here.keys():
             raise EngineError(f"{found[name]} and {here[name]} have one name; rename one")
         found.update(here)
-    if not found:
-        places = ", ".join(map(str, folders))
-        raise EngineError(f"there is no network in {places} ({' or '.join(READS[engine])})")
     return found
 
 
@@ -119,15 +123,10 @@ def measured(board: str, folders: list[Path], engine: str, threads: int, repeats
 
     Times are milliseconds. Raises :class:`EngineError` naming what cannot be read.
     """
-    from importlib import import_module
-
     engine = chosen(engine)
     rng, calls, digests, shapes = np.random.default_rng(0), {}, {}, {}
     for name, path in networks(folders, engine).items():
-        try:
-            look, shape = ENGINES[engine](path, threads)
-        except Exception as error:  # whatever an engine raises for a damaged file
-            raise EngineError(f"{engine} cannot read {path} ({error})") from None
+        look, shape = opened(engine, path, threads)
         values = rng.random(shape, dtype=np.float32) - np.float32(0.5)
         calls[name] = lambda look=look, values=values: look(values)
         digests[name] = digest(path)
@@ -140,7 +139,7 @@ def measured(board: str, folders: list[Path], engine: str, threads: int, repeats
         "repeats": repeats,
         "threads": threads,
         "engine": engine,
-        "version": import_module(engine).__version__,
+        "version": sys.modules[engine].__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
         "system": platform.platform(),

@@ -9,8 +9,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from importlib.util import find_spec
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +17,10 @@ import numpy as np
 import typer
 
 from kdutils import files
-from kdutils.concierge.board import ENGINES
+from kdutils.concierge import board, recordings
 
 HEADS = ("emotion", "face", "embedding")
+STUDENT = {"openvino": "student-int8.xml", "onnxruntime": "student.onnx"}  # which file it reads
 app = typer.Typer(
     help="The concierge on a device: box, emotion, and who it is.", pretty_exceptions_enable=False
 )
@@ -34,45 +34,28 @@ class Totem:
     """A student in an engine, as ``model.json`` in ``folder`` describes it.
 
     ``engine`` is ``openvino`` (int8), ``onnxruntime``, or empty for the first that is there.
-    Raises :class:`TotemError` naming the file that is absent, damaged or unreadable.
+    Raises :class:`TotemError` naming the file that is absent or damaged, and
+    :class:`board.EngineError` where no engine reads it.
     """
 
     def __init__(self, folder: Path, engine: str = "", threads: int = 0):
-        self.folder, path = Path(folder), Path(folder) / "model.json"
+        path = folder / "model.json"
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
             self.frames, self.size, self.emotions = told["frames"], told["size"], told["emotions"]
             self.heads = {name: slice(*map(int, told["heads"][name])) for name in HEADS}
             self.threshold, named = float(told["threshold"]), dict(told["files"])
             self.people = int(told.get("false_accepts", {}).get("people", 0))
-        except (FileNotFoundError, NotADirectoryError):
-            raise TotemError(f"{path} does not exist: run the study, or name its folder") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TotemError(f"{path} is damaged ({error!r})") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what_now = "run the study, or name its folder"
+            raise TotemError(f"{path} is absent or damaged ({error!r}): {what_now}") from None
         for name, expected in named.items():
-            file = self.folder / name
-            if Path(name).name != name or not file.exists():
-                raise TotemError(f"{file} does not exist, though {path} names it")
-            if files.sha256(file) != expected:
-                raise TotemError(f"{file} is damaged: its SHA-256 is not the one in {path}")
+            file = folder / name
+            if Path(name).name != name or not file.exists() or files.sha256(file) != expected:
+                raise TotemError(f"{file} is absent or damaged: {path} names another SHA-256")
         self.identity = files.sha256(path)
-        self.engine = self._choose(engine, named)
-        student = self.folder / STUDENT[self.engine]
-        try:
-            self._look, _ = ENGINES[self.engine](student, threads)
-        except Exception as error:  # whatever an engine raises
-            raise TotemError(f"{self.engine} cannot read {student} ({error})") from None
-
-    def _choose(self, wanted: str, named: dict) -> str:
-        if wanted and wanted not in ENGINES:
-            raise TotemError(f"unknown engine {wanted!r}; engines: {', '.join(ENGINES)}")
-        for name in ENGINES:
-            if STUDENT[name] in named and find_spec(name) and wanted in ("", name):
-                return name
-        raise TotemError(
-            f"no engine can read {self.folder}: install {wanted or 'openvino or onnxruntime'}, "
-            "or run the study with it"
-        )
+        engine = board.chosen(engine, [name for name in STUDENT if STUDENT[name] in named])
+        self._look, _ = board.opened(engine, folder / STUDENT[engine], threads)
 
     def look(self, clip: np.ndarray) -> dict:
         """What is seen in a clip (F, S, S, 3) uint8: probabilities, box, embedding (D,)."""
@@ -88,50 +71,41 @@ class Totem:
         }
 
 
-STUDENT = {"openvino": "student-int8.xml", "onnxruntime": "student.onnx"}  # which file it reads
-
-
 def _unit(values: np.ndarray) -> np.ndarray:
     return values / max(float(np.linalg.norm(values)), 1e-12)
 
 
 class People:
-    """Enrolled people: one embedding each, in an SQLite file of their own; use in ``with``.
-
-    ``new`` makes the file where there is none. Raises :class:`TotemError` where the file is absent,
-    damaged, locked by another program, or no database of ours.
-    """
+    """Enrolled people: one embedding each, in an SQLite file of their own."""
 
     TABLE = "people (name TEXT PRIMARY KEY, embedding BLOB NOT NULL, model TEXT NOT NULL)"
 
-    def __init__(self, path: Path, new: bool = False):
-        self.path, self.new = Path(path), new
+    def __init__(self, path: Path, database: sqlite3.Connection):
+        self.path, self.database = path, database
 
-    def __enter__(self) -> "People":
-        if not self.new and not self.path.exists():
-            raise TotemError(f"{self.path} does not exist: nobody is enrolled")
+    @classmethod
+    @contextmanager
+    def opened(cls, path: Path, new: bool = False) -> Iterator["People"]:
+        """Those in a file, which ``new`` makes where there is none.
+
+        Raises :class:`TotemError` where the file is absent, damaged, no database of ours, or cannot
+        be used: locked by another program, not to be written, on a full disk.
+        """
+        if not new and not path.exists():
+            raise TotemError(f"{path} does not exist: nobody is enrolled")
         try:
-            self.database = sqlite3.connect(self.path)
+            with closing(sqlite3.connect(path)) as database:
+                database.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
+                (state,) = database.execute("PRAGMA quick_check").fetchone()
+                database.execute(f"CREATE TABLE IF NOT EXISTS {cls.TABLE}")
+                columns = [column[1] for column in database.execute("PRAGMA table_info(people)")]
+                if [state, *columns] != ["ok", "name", "embedding", "model"]:
+                    raise sqlite3.DatabaseError(f"{state}; columns: {', '.join(columns)}")
+                yield cls(path, database)
         except sqlite3.Error as error:
-            raise TotemError(f"{self.path} cannot be opened ({error})") from None
-        try:
-            self.database.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
-            (state,) = self.database.execute("PRAGMA quick_check").fetchone()
-            if state != "ok":
-                raise sqlite3.DatabaseError(state)
-            self.database.execute(f"CREATE TABLE IF NOT EXISTS {self.TABLE}")
-            self.database.execute("SELECT name, embedding, model FROM people LIMIT 1")
-        except sqlite3.Error as error:
-            self.database.close()
-            busy = "locked" in str(error) or "readonly" in str(error)
+            busy = isinstance(error, sqlite3.OperationalError)
             what = "cannot be used now" if busy else "is damaged and was not used"
-            raise TotemError(f"{self.path} {what} ({error})") from None
-        return self
-
-    def __exit__(self, kind, error, _) -> None:
-        self.database.close()
-        if isinstance(error, sqlite3.Error):  # a full disk, a file that may not be written
-            raise TotemError(f"{self.path} was not changed ({error})") from None
+            raise TotemError(f"{path} {what} ({error})") from None
 
     def add(self, name: str, embedding: np.ndarray, model: str) -> None:
         """Keep a person's embedding (D,); a name that is there already is refused."""
@@ -187,31 +161,18 @@ def clips(source: str, frames: int, size: int, every: int = 1) -> Iterator[tuple
     shorter is left out. Raises :class:`TotemError` naming a video that cannot be read or is shorter
     than a clip.
     """
-    try:
-        import av
-    except ImportError:
-        raise TotemError("reading video needs PyAV: install the project's extra 'edge'") from None
     held, any_yet = [], False
     try:
-        camera = source.startswith("/dev/video")
-        with av.open(source, format="v4l2" if camera else None) as container:
-            for frame in container.decode(video=0):
-                held.append(frame)
-                if len(held) == frames * every:
-                    yield np.stack([_squashed(one, size) for one in held[::every]]), held
-                    held, any_yet = [], True
-    except (av.FFmpegError, IndexError, ValueError) as error:
+        for frame in recordings.video(source):
+            held.append(frame)
+            if len(held) == frames * every:
+                pictures = [recordings.squashed(one.to_image(), size) for one in held[::every]]
+                yield np.stack(pictures), held
+                held, any_yet = [], True
+    except Exception as error:  # whatever PyAV raises
         raise TotemError(f"{source} cannot be read ({error})") from None
     if not any_yet:
         raise TotemError(f"{source} has {len(held)} frames; a clip needs {frames * every}")
-
-
-def _squashed(frame, size: int) -> np.ndarray:
-    """A frame as (S, S, 3) uint8, made small in the way of the folder on which one trains."""
-    from PIL import Image
-
-    small = frame.to_image().convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(small)
 
 
 @contextmanager
@@ -222,36 +183,31 @@ def film(path: Path) -> Iterator[Callable]:
     cannot be written.
     """
     import av
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
     try:
         container = av.open(str(path), "w")
+        stream = container.add_stream("mpeg4", rate=25, pix_fmt="yuv420p")
     except (av.FFmpegError, ValueError, OSError) as error:
         raise TotemError(f"{path} cannot be written ({error})") from None
-    stream = None
 
     def add(frames: list, box, text: str) -> None:
-        nonlocal stream
         for frame in frames:
             picture = frame.to_image()
-            even = [side - side % 2 for side in picture.size]  # the codec asks for it
-            picture = picture.resize(even, Image.Resampling.BILINEAR)
-            cx, cy, w, h = (v * side for v, side in zip(box, even * 2, strict=True))
+            cx, cy, w, h = (box * np.array(picture.size * 2)).tolist()
             drawing = ImageDraw.Draw(picture)
             corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
-            drawing.rectangle([*map(float, corners)], outline=(0, 255, 0), width=2)
+            drawing.rectangle(corners, outline=(0, 255, 0), width=2)
             drawing.text((4, 4), text, fill=(0, 255, 0))
-            if stream is None:
-                stream = container.add_stream("mpeg4", rate=25, pix_fmt="yuv420p")
-                stream.width, stream.height = even
+            if not stream.codec_context.is_open:
+                stream.width, stream.height = picture.size
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
 
     with container:
         try:
             yield add
         finally:  # without what is left the file cannot be played
-            if stream:
-                container.mux(stream.encode())
+            container.mux(stream.encode())
 
 
 def newest() -> Path:
@@ -287,7 +243,7 @@ def enrol(
     totem = Totem(model or newest(), engine, threads)
     seen = [totem.look(clip) for clip, _ in clips(str(video), totem.frames, totem.size, every)]
     embedding = _unit(np.mean([found["embedding"] for found in seen], 0))
-    with People(database, new=True) as people:
+    with People.opened(database, new=True) as people:
         people.add(name, embedding, totem.identity)
         count = len(people.names())
     print(f"{name} is enrolled from {len(seen)} clips")
@@ -316,7 +272,7 @@ def recognise(
     width = totem.heads["embedding"].stop - totem.heads["embedding"].start
     names, gallery = [], np.empty((0, width))
     if database.exists():
-        with People(database) as people:
+        with People.opened(database) as people:
             names, gallery = people.gallery(totem.identity, width)
     if not names:
         typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
@@ -345,7 +301,7 @@ def recognise(
 @app.command("forget")
 def forget(name: Name, database: Database = PEOPLE):
     """Remove a person's data."""
-    with People(database) as people:
+    with People.opened(database) as people:
         people.remove(name)
     print(f"{name} is forgotten")
 
@@ -353,6 +309,6 @@ def forget(name: Name, database: Database = PEOPLE):
 @app.command("list")
 def list_people(database: Database = PEOPLE):
     """The names of enrolled people."""
-    with People(database) as people:
+    with People.opened(database) as people:
         for name in people.names():
             print(name)
