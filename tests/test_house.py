@@ -278,8 +278,8 @@ def test_kdutils_stays_small():
     lines = {room: code_lines(source) for room, source in ROOMS.items()}
     assert {room: count for room, count in lines.items() if count > 300} == {}
     # The goals are 3,900 in all and 2,600 without the concierge; until then neither may grow.
-    assert sum(lines.values()) <= 3888
-    assert sum(n for room, n in lines.items() if not room.startswith("concierge/")) <= 2959
+    assert sum(lines.values()) <= 3771
+    assert sum(n for room, n in lines.items() if not room.startswith("concierge/")) <= 2953
 
 
 def imported(source: str) -> set[str]:
@@ -293,9 +293,9 @@ def imported(source: str) -> set[str]:
 # What each room of the package may know of kdutils, as the book's page on the design says.
 CONCIERGE = {
     "__init__": (),
-    "__main__": ("concierge.program",),
+    "__main__": ("concierge.board", "concierge.program"),
     "board": (),
-    "program": ("concierge.board", "files", "records"),
+    "program": ("concierge.board", "concierge.recordings", "files", "records"),
     "recordings": ("concierge.scenes", "data", "files"),
     "scenes": (),
 }
