@@ -81,6 +81,98 @@ def temperature_for_entropy(logits: np.ndarray, entropy: float) -> float:
         raise ValueError(f"no temperature gives these logits a mean entropy of {entropy}") from None
 
 
+def dkd(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    alpha: float = 1.0,
+    beta: float | torch.Tensor = 8.0,
+    temperature: float = 4.0,
+) -> torch.Tensor:
+    """Decoupled knowledge distillation (Zhao et al. 2022, eq. 7): T² · (α · TCKD + β · NCKD).
+
+    TCKD is the KL divergence between teacher and student of the two probabilities "the label" and
+    "any other class"; NCKD that of the other classes among themselves, without the label. Both are
+    summed over classes and averaged over the batch, in nats. :func:`kd` is the case α = 1 and
+    β = the teacher's probability of all other classes, picture by picture (eq. 6).
+
+    Parameters: logits (B, C) with C of at least 2; ``labels`` (B,); ``beta`` a number or (B,), one
+    a picture. The term does not see a constant added to all of a picture's logits. Returns a 0-d
+    tensor. Raises ValueError for other shapes and for a temperature that is not above 0.
+    """
+    _check_logits(student, teacher, temperature)
+    count, classes = student.shape
+    found = tuple(labels.shape), tuple(torch.as_tensor(beta).shape)
+    if found[0] != (count,) or found[1] not in ((), (count,)):
+        raise ValueError(f"labels and beta are {found}; they must be ({count},), beta or a number")
+    others = torch.arange(classes - 1, device=student.device)
+    order = torch.cat([labels[:, None], others + (others >= labels[:, None])], 1)  # the label first
+
+    def parts(logits):
+        target, rest = (logits / temperature).gather(1, order).split([1, classes - 1], 1)
+        both = torch.cat([target, rest.logsumexp(1, keepdim=True)], 1)
+        return both.log_softmax(1), rest.log_softmax(1)
+
+    pairs = zip(parts(student), parts(teacher), strict=True)
+    tckd, nckd = (F.kl_div(*pair, reduction="none", log_target=True).sum(1) for pair in pairs)
+    return (alpha * tckd + beta * nckd).mean() * temperature**2
+
+
+def standardised(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, C) with mean 0 and standard deviation 1 over the classes of each picture.
+
+    (Sun et al. 2024, algorithm 1 without its τ.) Teacher's and student's, put into :func:`kd` at
+    temperature τ, give algorithm 2. No constant added to a picture's logits and no positive factor
+    on them is seen. The deviation divides by C, as in the algorithm; the authors' figure 2 and code
+    divide by C − 1, which is a τ larger by √(C / (C − 1)). A picture whose logits are all alike
+    gets zeros and passes on no gradient. Raises ValueError when ``logits`` is not (B, C).
+    """
+    if logits.ndim != 2:
+        raise ValueError(f"logits are {tuple(logits.shape)}; they must be (B, C)")
+    return _deviations(logits) * math.sqrt(logits.shape[1])
+
+
+def dist(
+    student: torch.Tensor, teacher: torch.Tensor, beta=1.0, gamma=1.0, temperature: float = 4.0
+) -> torch.Tensor:
+    """Distillation by correlations (DIST, Huang et al. 2022): T² · (β · inter + γ · intra).
+
+    Of the probabilities softmax(logits / T), (B, C), **inter** is the mean over pictures of
+    Pearson's distance 1 − ρ between teacher's and student's C classes, **intra** the mean over
+    classes of that between their B pictures. The distance is computed as half the squared distance
+    of the two deviations at length 1, which is the same; a row or column that is constant has
+    deviation 0. So it counts 0 where both sides are constant, ½ where one is, and has no gradient;
+    of one picture all columns are constant.
+
+    The term does not see a constant added to all of a picture's logits. Returns a 0-d tensor.
+    Raises ValueError for logits that are not both (B, C) with C of at least 2, and for a
+    temperature that is not above 0.
+    """
+    _check_logits(student, teacher, temperature)
+
+    def distance(ours, theirs):
+        return (_deviations(ours) - _deviations(theirs)).square().sum(1).mean() / 2
+
+    ours, theirs = ((logits / temperature).softmax(1) for logits in (student, teacher))
+    return temperature**2 * (beta * distance(ours, theirs) + gamma * distance(ours.T, theirs.T))
+
+
+def _check_logits(student, teacher, temperature):
+    if student.shape != teacher.shape or student.ndim != 2 or student.shape[1] < 2:
+        found = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+        raise ValueError(f"logits must be (B, C), alike, of two or more classes: {found}")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be above 0")
+
+
+def _deviations(rows):
+    """Rows (N, D) less their mean, at length 1; a constant row is zero, with no gradient."""
+    moved = rows - rows.mean(1, keepdim=True)
+    # What rounding leaves of a constant row is noise, and dividing by it would blow it up.
+    noise = 100 * torch.finfo(rows.dtype).eps * rows.detach().norm(dim=1, keepdim=True)
+    return moved / _nonzero(moved.norm(dim=1, keepdim=True), noise)
+
+
 # Terms on pooled features (B, D), in float32 or float64. All but FeatureKD compare relations inside
 # a batch, so the widths D of teacher and student may differ.
 
@@ -272,6 +364,51 @@ def correlation_congruence(
         return math.exp(-2 * gamma) * sum(w * cosines**p for p, w in enumerate(weights))
 
     return F.mse_loss(kernel(student), kernel(teacher))
+
+
+def pkt(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Probabilistic knowledge transfer (Passalis and Tefas 2018), with the cosine kernel.
+
+    Given picture i, picture j has the probability k_ij / Σ_m k_im, with k = (1 + cosine) / 2 of
+    the features. The term is the KL divergence of the student's probabilities from the teacher's,
+    in nats, as a mean over i, where the paper sums. As in the paper j and m run over the pictures
+    other than i; a widespread program counts i too, whose k is always 1. Kernels below the dtype's
+    precision count as that and pass on no gradient.
+
+    Features (B, D) to a 0-d tensor; 0 for fewer than three pictures, since one other is certain. A
+    zero vector has cosine 0. No picture's length is seen. Raises ValueError when the numbers of
+    pictures differ.
+    """
+    _same_rows(student, teacher)
+
+    def logs(features):
+        unit, precision = _unit(features), torch.finfo(features.dtype)
+        kernel = ((1 + unit @ unit.T) / 2).clamp(min=precision.eps)
+        return kernel.log().fill_diagonal_(precision.min).log_softmax(1)
+
+    return F.kl_div(logs(student), logs(teacher), reduction="batchmean", log_target=True)
+
+
+def attention_transfer(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Attention transfer (Zagoruyko and Komodakis 2017, section 3.1), activation-based.
+
+    Of maps (B, C, H, W), Q is the mean over channels of the squares, flattened to (B, H · W), every
+    row scaled to length 1; that of a map of zeros stays zero. The term is the mean of
+    (Q_s − Q_t)² over pictures **and positions**, for one layer. In the paper's eq. 2 it is
+    ½ ‖Q_s − Q_t‖₂. The mean of squares is what the authors' code and most others compute, so that
+    coefficients can be compared, and its gradient fades as maps become alike, where the norm's
+    keeps its size and jumps at zero. It is ‖Q_s − Q_t‖² / (H · W): between layers of different
+    sizes coefficients mean different things.
+
+    The numbers of channels may differ. No positive factor on a picture's map is seen. Returns a
+    0-d tensor. Raises ValueError for other shapes, heights, widths or numbers of pictures.
+    """
+    if not student.ndim == teacher.ndim == 4 or student.shape[2:] != teacher.shape[2:]:
+        found = f"student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+        raise ValueError(f"maps must be (B, C, H, W) of one height and width: {found}")
+    _same_rows(student, teacher)
+    ours, theirs = (_unit(maps.square().mean(1).flatten(1)) for maps in (student, teacher))
+    return F.mse_loss(ours, theirs)
 
 
 def _unit(vectors):
