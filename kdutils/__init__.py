@@ -8,8 +8,8 @@ import lazy_loader as lazy
 
 __version__ = "0.1.0"
 
-_ROOMS = ["claims", "concierge", "data", "figures", "files", "losses", "metrics", "models"]
-_ROOMS += ["notebooks", "pages", "parameters", "pictures", "records", "results", "runs"]
+_ROOMS = ["centres", "claims", "concierge", "data", "figures", "files", "losses", "metrics"]
+_ROOMS += ["models", "notebooks", "pages", "parameters", "pictures", "records", "results", "runs"]
 _ROOMS += ["train", "verdicts"]
 __getattr__, __dir__, __all__ = lazy.attach(
     __name__,

@@ -21,7 +21,7 @@ import numpy as np
 from kdutils import data, files
 
 PROJECT = Path(__file__).parent.parent
-SOURCE_ROOMS = ("data", "losses", "metrics", "models", "pictures", "train")
+SOURCE_ROOMS = ("centres", "data", "losses", "metrics", "models", "pictures", "train")
 PACKAGE = "concierge"  # rooms that lie in a folder of their own
 WHOLE_ROOMS = ("recordings", "scenes")  # its, counted whole, and only where the room is named
 CONSTANTS = (bool, int, float, str, tuple, list, dict, np.ndarray)  # of a notebook, hashed by value
