@@ -107,6 +107,32 @@ def similarity_kept(student: np.ndarray, teacher: np.ndarray) -> dict[str, float
     }
 
 
+def specificity(student: np.ndarray, teacher: np.ndarray, strangers) -> dict[str, float]:
+    """How far a student's class similarities (C, C) are its own teacher's, not any network's.
+
+    ``strangers`` are the class similarities of one or more teachers that it never met. Of Pearson's
+    correlations, as in :func:`similarity_kept`: ``strangers`` is the mean of those with them;
+    ``specificity`` is that with its own teacher less this mean (of a copy of the teacher 1 less it,
+    and 0 to expect where student and teacher share only what all networks share); ``partial`` is
+    that with its own teacher given the mean of the strangers' similarities, nan where that mean
+    explains one side wholly. Few strangers show what all share only roughly and leave some of it in
+    ``partial``: compare it with that of a student that had no teacher, not with 0.
+    Raises ValueError without strangers, when shapes differ, or for fewer than three classes.
+    """
+    if not len(strangers):
+        raise ValueError("strangers is empty; it must hold at least one teacher's similarities")
+
+    def correlation(one, other):
+        return similarity_kept(one, other)["pearson"]
+
+    others = float(np.mean([correlation(student, stranger) for stranger in strangers]))
+    usual, own = np.mean(strangers, axis=0), correlation(student, teacher)
+    ours, theirs = correlation(student, usual), correlation(teacher, usual)
+    unexplained = (1 - ours**2) * (1 - theirs**2)
+    partial = (own - ours * theirs) / unexplained**0.5 if unexplained > 1e-12 else float("nan")
+    return {"strangers": others, "specificity": own - others, "partial": partial}
+
+
 def linear_cka(student, teacher) -> float:
     """Linear centred kernel alignment of features (N, D_s) and (N, D_t) (Kornblith et al. 2019).
 

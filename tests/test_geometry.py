@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
 
@@ -547,6 +547,66 @@ def test_similarity_kept_is_each_measures_definition(seed):
         "spearman": pytest.approx(1),
         "frobenius": pytest.approx(0.5),
     }
+
+
+def similar_to(shared, seed, own=0.5, classes=6):
+    """Class similarities that are partly ``shared``, partly a network's own."""
+    noise = drawn_similarities(seed, classes)
+    return np.where(np.eye(classes) == 1, 1.0, (1 - own) * shared + own * noise)
+
+
+def drawn_similarities(seed, classes=6):
+    half = np.triu(np.random.default_rng(seed).normal(0, 0.4, (classes, classes)), 1)
+    return half + half.T
+
+
+@settings(max_examples=15)
+@given(seeds, st.integers(1, 4))
+def test_specificity_is_the_own_teacher_less_the_strangers_and_what_regression_leaves(seed, count):
+    shared = drawn_similarities(seed)
+    student, teacher, *strangers = (similar_to(shared, seed + 1 + n) for n in range(2 + count))
+    found = metrics.specificity(student, teacher, strangers)
+    pairs = np.triu_indices(6, 1)
+    ours, theirs, *others = (m[pairs] for m in (student, teacher, *strangers))
+    expected = np.mean([np.corrcoef(ours, other)[0, 1] for other in others])
+    assert found["strangers"] == pytest.approx(expected)
+    own = np.corrcoef(ours, theirs)[0, 1]
+    assert found["specificity"] == pytest.approx(own - expected)
+    usual = np.stack([np.ones(len(ours)), np.mean(others, axis=0)], axis=1)
+    left = [x - usual @ np.linalg.lstsq(usual, x)[0] for x in (ours, theirs)]
+    assert found["partial"] == pytest.approx(np.corrcoef(*left)[0, 1], abs=1e-9)
+
+
+@settings(max_examples=15)
+@given(seeds, st.floats(0.1, 10), st.floats(-1, 1))
+def test_of_a_copy_of_its_teacher_specificity_is_1_less_what_strangers_have(seed, scale, shift):
+    shared = drawn_similarities(seed)
+    teacher, *strangers = (similar_to(shared, seed + n) for n in range(1, 4))
+    found = metrics.specificity(scale * teacher + shift, teacher, strangers)
+    kept = [metrics.similarity_kept(teacher, each)["pearson"] for each in strangers]
+    assert found["strangers"] == pytest.approx(np.mean(kept))
+    assert found["specificity"] == pytest.approx(1 - np.mean(kept))
+    assert found["partial"] == pytest.approx(1)
+
+
+def test_a_student_of_nobody_has_no_specificity_and_its_partial_falls_with_more_strangers():
+    shared = drawn_similarities(0, 60)
+    student, teacher, *strangers = (similar_to(shared, n + 1, classes=60) for n in range(42))
+    few, many = (metrics.specificity(student, teacher, strangers[:n]) for n in (2, 40))
+    assert abs(many["specificity"]) < 0.05
+    assert few["partial"] > 0.15
+    assert abs(many["partial"]) < 0.08
+
+
+def test_specificity_names_what_it_cannot_compare_and_has_no_partial_beside_a_twin():
+    teacher = similar_to(drawn_similarities(0), 1)
+    with pytest.raises(ValueError, match="strangers is empty; it must hold at least one"):
+        metrics.specificity(teacher, teacher, [])
+    with pytest.raises(ValueError, match=r"three or more classes.*student \(6, 6\), teacher \(5, "):
+        metrics.specificity(teacher, teacher, [teacher[:5, :5]])
+    found = metrics.specificity(similar_to(drawn_similarities(0), 2), teacher, [teacher])
+    assert found["specificity"] == 0
+    assert np.isnan(found["partial"])
 
 
 @given(seeds)
