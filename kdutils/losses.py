@@ -81,14 +81,7 @@ def temperature_for_entropy(logits: np.ndarray, entropy: float) -> float:
         raise ValueError(f"no temperature gives these logits a mean entropy of {entropy}") from None
 
 
-def dkd(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    labels: torch.Tensor,
-    alpha: float = 1.0,
-    beta: float | torch.Tensor = 8.0,
-    temperature: float = 4.0,
-) -> torch.Tensor:
+def dkd(student, teacher, labels, alpha=1.0, beta=8.0, temperature=4.0) -> torch.Tensor:
     """Decoupled knowledge distillation (Zhao et al. 2022, eq. 7): T² · (α · TCKD + β · NCKD).
 
     TCKD is the KL divergence between teacher and student of the two probabilities "the label" and
