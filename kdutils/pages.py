@@ -139,9 +139,13 @@ def caveats(rows: list[dict]) -> str:
     """At which scale claims were judged, and how many replicated ones survive a correction."""
     judged_last = sorted(rows, key=lambda row: row["scale"] is not None)
     scale_of = {row["study"]: row["scale"] or "no" for row in judged_last}
+    of, done = (
+        Counter(r["study"] for r in rows if every or r["verdict"]) for every in (True, False)
+    )
+    named = {s: f"{s} ({done[s]} of {n})" if 0 < done[s] < n else s for s, n in of.items()}
     where = {"paper": "at scale paper", "laptop": "at laptop, smaller stand-ins", "no": "not yet"}
     scales = "; ".join(
-        f"{said}: {', '.join(sorted(study for study, own in scale_of.items() if own == scale))}"
+        f"{said}: {', '.join(named[study] for study in sorted(named) if scale_of[study] == scale)}"
         for scale, said in where.items()
         if scale in scale_of.values()
     )

@@ -78,8 +78,9 @@ def test_caveats_name_scales_and_what_survives_the_correction():
         row("replicated, smaller", scale="laptop", study="b", holm=False),
         row("replicated", scale="laptop", study="b", holm=None),
         row(None, scale=None, study="c", holm=None),
+        row(None, scale=None, study="a", holm=None),
     ]
     assert pages.caveats(rows) == (
-        "Judged at scale paper: a; at laptop, smaller stand-ins: b; not yet: c. "
+        "Judged at scale paper: a (1 of 2); at laptop, smaller stand-ins: b; not yet: c. "
         "1 of the 3 replicated survive a correction for many claims (1 of a kind that has none)."
     )
