@@ -127,7 +127,7 @@ def test_stopped_and_killed_it_leaves_nothing_behind_and_goes_on(folder):
             assert not any(map(alive, below))
             assert leftovers("kd-*") == []
     assert len(leftovers("kd-*")) == 1  # until the next one starts
-    assert last_line(folder, code=0)
+    assert last_line(folder, "-p", "engine=serial", code=0)
     assert leftovers("kd-*") == leftovers("*.partial") == []
     assert len(list(Path(os.environ["KDUTILS_RUNS"]).rglob("record.json"))) == 2
     assert os.listdir(os.environ["TMPDIR"]) == []
@@ -281,7 +281,8 @@ def test_a_user_without_a_home_is_told_which_folder_to_name(folder, first, monke
         monkeypatch.delenv(name, raising=False)
     said = last_line(folder, PYTHONPATH=path)
     assert "no home folder to keep runs in: name a folder by $KDUTILS_RUNS" in said
-    last_line(folder, code=0, PYTHONPATH=path, KDUTILS_RUNS=str(folder / "runs"))
+    runs = str(folder / "runs")
+    last_line(folder, "-p", "engine=serial", code=0, PYTHONPATH=path, KDUTILS_RUNS=runs)
 
 
 def test_a_kernel_that_does_not_start_is_one_sentence(folder, first):
