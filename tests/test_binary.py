@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -456,29 +455,6 @@ def test_the_papers_uncertainties_lie_between_what_its_bins_allow():
     for name, rows in bins.groupby(["network", "part"]):
         share = rows.share.to_numpy()
         assert share @ near**2 <= printed[name] <= share @ (near + 0.05) ** 2
-
-
-def test_the_page_stands_without_records_and_without_pytorch(tmp_path):
-    program = f"""
-import linecache, sys
-import jupytext, matplotlib
-matplotlib.use("Agg")
-names = {{"__name__": "page"}}
-for number, cell in enumerate(jupytext.read({str(PAGE)!r}).cells):
-    if cell.cell_type == "code":
-        name = f"cell {{number}}"
-        linecache.cache[name] = (1, None, cell.source.splitlines(keepends=True), name)
-        exec(compile(cell.source, name, "exec"), names)
-assert "torch" not in sys.modules
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "KDUTILS_RECORDS": str(tmp_path)},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "binary-11: no verdict" in run.stdout
 
 
 # Verdicts

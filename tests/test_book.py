@@ -31,17 +31,6 @@ FORMULAS = "notebooks/2-vid"
 WIDTHS = {"desktop": 1280, "phone": 390, "paper": 720}
 REPOSITORY = "Someone/their-copy"  # that the book is built from, as CI's machines say it
 MEGABYTE = 1_000_000
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # no other machine is found
-]
 
 
 # What readers and their tools leave in a checkout, and what it is a copy of.
@@ -102,20 +91,6 @@ def address(html):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

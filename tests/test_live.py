@@ -20,9 +20,6 @@ from kdutils import claims, notebooks, pages, verdicts
 from kdutils.verdicts import Rule
 
 PROJECT = Path(__file__).parent.parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync", "--disable-quic"]
 
 
 @pytest.fixture(scope="module")
@@ -50,20 +47,6 @@ def address(tmp_path_factory) -> str:
     text = f'<!doctype html><meta charset="utf-8"><main>{"".join(parts)}</main>'
     (folder / "notebooks" / "verdicts.html").write_text(text, encoding="utf-8")
     return (folder / "notebooks" / "verdicts.html").as_uri()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say(f"no browser: none of {', '.join(BROWSERS)} is installed")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=found, args=FLAGS)
-        yield running
-        running.close()
 
 
 @pytest.fixture(scope="module")

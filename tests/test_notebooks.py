@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -62,6 +63,31 @@ def test_smoke_trains_everything_without_a_network(study, tmp_path):
             # a rank correlation in each quarter of the settings needs more of them than smoke has
             assert part["values"] or (row["id"], name) == ("vid-7", "matters"), row["id"]
             assert all(map(math.isfinite, part["values"].values()))
+
+
+@pytest.mark.parametrize("study", notebooks.studies())
+def test_the_page_stands_without_records_and_without_pytorch(study, tmp_path):
+    page = notebooks.find(study).with_suffix(".md")
+    program = f"""
+import linecache, sys
+import jupytext, matplotlib
+matplotlib.use("Agg")
+names = {{"__name__": "page", "display": print}}
+for number, cell in enumerate(jupytext.read({str(page)!r}).cells):
+    if cell.cell_type == "code":
+        name = f"cell {{number}}"
+        linecache.cache[name] = (1, None, cell.source.splitlines(keepends=True), name)
+        exec(compile(cell.source, name, "exec"), names)
+assert "torch" not in sys.modules
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "KDUTILS_RECORDS": str(tmp_path)},
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert f"{study}-7: no verdict" in run.stdout
 
 
 @pytest.mark.parametrize("study", notebooks.studies())

@@ -1,9 +1,6 @@
 """Study 2: its pictures, networks and stored teacher, the authors' slips, its page."""
 
 import csv
-import os
-import subprocess
-import sys
 
 import jupytext
 import numpy as np
@@ -297,29 +294,6 @@ def test_a_wrong_parameter_is_named(names, wrong, sentence):
     assert names["Setting"].check(parameters_of())
     with pytest.raises(parameters.ParameterError, match=sentence):
         names["Setting"].check(parameters_of() | wrong)
-
-
-def test_the_page_stands_without_records_and_without_pytorch(tmp_path):
-    program = f"""
-import linecache, sys
-import jupytext, matplotlib
-matplotlib.use("Agg")
-names = {{"__name__": "page"}}
-for number, cell in enumerate(jupytext.read({str(PAGE)!r}).cells):
-    if cell.cell_type == "code":
-        name = f"cell {{number}}"
-        linecache.cache[name] = (1, None, cell.source.splitlines(keepends=True), name)
-        exec(compile(cell.source, name, "exec"), names)
-assert "torch" not in sys.modules
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, "KDUTILS_RECORDS": str(tmp_path)},
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert "vid-7: no verdict" in run.stdout
 
 
 def test_the_formula_that_the_page_shows_is_the_one_that_is_trained():
