@@ -197,9 +197,7 @@ def describe(root: Path, records: list[dict], rows: list[dict], citation: dict) 
         "mentions": actions + [{"@id": f"#claim/{row['id']}"} for row in rows],
     }
     for name, value in root_entity.items():
-        crate.root_dataset[name] = (
-            value[0] if isinstance(value, list) and len(value) == 1 else value
-        )
+        crate.root_dataset[name] = _compact(value)
     for name in FILES:
         if (root / name).exists():
             crate.add_file(root / name, name, properties=_file(root, name))
