@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -28,8 +29,12 @@ app.add_typer(program.app, name="concierge", no_args_is_help=True)
 Study = Annotated[str, typer.Argument(help="A study's name, e.g. eskd.")]
 AnyStudy = Annotated[str, typer.Argument(help="A study's name; all if left out.")]
 Scale = Annotated[str, typer.Option(help="smoke, laptop or paper.")]
+Engine = Annotated[str, typer.Option(help="serial, processes, dask or a Dask scheduler's address.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Runs side by side; else what fits.")]
 Given = Annotated[list[str], typer.Option("--parameter", "-p", help="name=value, value in YAML.")]
 EXECUTED, SCALES = Path("_build/notebooks"), ("laptop", "paper")
+# How Python says, in a notebook's kernel too, that something of the extra `train` is not there.
+ABSENT = "No module named '(filelock|lightning_fabric|safetensors|sklearn|torch)"
 
 
 class Stopped(Exception):
@@ -61,9 +66,7 @@ def stoppable():
 def run(
     study: AnyStudy = "",
     scale: Scale = "smoke",
-    engine: Annotated[
-        str, typer.Option(help="serial, processes, dask, or a Dask scheduler's address.")
-    ] = "",
+    engine: Engine = "",
     parameter: Given = (),
     output: Annotated[Path, typer.Option(help="Folder for the executed notebooks.")] = EXECUTED,
 ):
@@ -80,9 +83,7 @@ def run(
 def train(
     study: Study,
     scale: Scale,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Runs side by side; by default what fits.")
-    ] = None,
+    workers: Workers = None,
     only: Annotated[str, typer.Option(help="Train runs of this name, and what they need.")] = "",
     parameter: Given = (),
 ):
@@ -134,8 +135,7 @@ def data_import(
 
 
 def _say(path: Path, skipped: list[str]) -> None:
-    lines = [f"skipped {line}" for line in skipped]
-    print(*lines, f"{len(skipped)} pictures skipped", path, sep="\n")
+    print(*map("skipped {}".format, skipped), f"{len(skipped)} pictures skipped", path, sep="\n")
 
 
 @data_app.command("where")
@@ -216,9 +216,10 @@ def main():
         typer.echo(f"kdutils: stopped; {what_now}", err=True)
         raise SystemExit(128 + error.args[0]) from None
     except Exception as error:
-        if not isinstance(error, OSError) and not type(error).__module__.startswith("kdutils."):
+        hint = '; training needs pip install -e ".[train]"' * bool(re.search(ABSENT, str(error)))
+        if not (hint or isinstance(error, OSError) or type(error).__module__[:8] == "kdutils."):
             raise  # only errors of our own say what a user can mend
-        typer.echo(f"kdutils: {error}", err=True)
+        typer.echo(f"kdutils: {error}{hint}", err=True)
         raise SystemExit(1 if isinstance(error, OSError) else 2) from None
 
 

@@ -18,9 +18,8 @@ from kdutils.records import PROJECT
 from kdutils.runs import SCALES, RunFailed, RunFunction, Study
 
 FOLDER = PROJECT / "notebooks"
-OUTCOMES = ("index", "verdicts")  # pages that read what the studies' pages store; synced last
-DIED = "was killed, most often for want of memory; what is finished is kept, and the same command "
-DIED += "goes on"
+OUTCOMES = ("index", "together", "verdicts")  # they read what studies' pages store; synced last
+DIED = "was killed, often for want of memory; what is finished is kept, the same command goes on"
 KERNEL_FOLDERS = ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR")  # else in $HOME
 
 

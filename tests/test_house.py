@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -33,7 +34,7 @@ REGISTRIES = [
         ("repo", "anaconda", "com"),
     )
 ]
-TESTED_EXTRAS = ("book", "cluster", "crate", "edge", "test")
+TESTED_EXTRAS = ("book", "cluster", "crate", "edge", "test", "train")
 
 
 def text(name: str) -> str:
@@ -94,7 +95,7 @@ def test_makefile_installs_the_constrained_extras():
 def test_environment_agrees_with_pyproject_and_constraints():
     listed = yaml.safe_load(text("environment.yml"))["dependencies"]
     (from_pip,) = [entry["pip"] for entry in listed if isinstance(entry, dict)]
-    assert from_pip == ["-c constraints.txt", "-e .[book]"]
+    assert from_pip == ["-c constraints.txt", "-e .[book,train]"]
     parts = [entry.split("=") for entry in listed if isinstance(entry, str)]
     conda = {name: rest for name, *rest in parts}
     # Anything more would be a second list of dependencies.
@@ -192,6 +193,44 @@ def test_workflow_is_sound(path):
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     for action in (step["uses"] for step in steps if "uses" in step):
         assert re.fullmatch(r"actions/[a-z-]+@v\d+", action), action
+
+
+def test_only_the_jobs_that_must_may_write():
+    found = {}
+    for path in WORKFLOWS:
+        for name, job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].items():
+            rights = [k for k, v in job.get("permissions", {}).items() if v == "write"]
+            found |= {f"{path.stem}.{name}": rights} if rights else {}
+    publish = ["pages", "id-token"]
+    assert found == {"ci.book": ["contents"], "ci.publish": publish, "cold.report": ["issues"]}
+
+
+def test_copies_for_colab_become_a_branch_without_a_past(tmp_path):
+    """By the commands of the workflow, with a folder in GitHub's place."""
+    jobs = yaml.safe_load(text(".github/workflows/ci.yml"))["jobs"]
+    (step,) = [step for step in jobs["book"]["steps"] if "colab" in step.get("run", "")]
+    here, there = tmp_path / "here", tmp_path / "there"
+
+    def run(*words, folder=here):
+        own = os.environ | step["env"] | {"RUNNER_TEMP": str(tmp_path), "GITHUB_SHA": "cafe"}
+        return subprocess.check_output(words, cwd=folder, env=own, encoding="utf-8")
+
+    run("git", "init", "-q", "--bare", there, folder=tmp_path)
+    run("git", "init", "-q", here, folder=tmp_path)
+    run("git", "remote", "add", "origin", there)
+    (here / ".gitignore").write_text("_build/\n", encoding="utf-8")
+    run("git", "add", ".")
+    run("git", "commit", "-qm", "source")
+    for number in (1, 2):
+        folder = here / "_build" / "colab"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}-page.ipynb").write_text(str(number), encoding="utf-8")
+        run("bash", "-e", "-c", step["run"])
+    branch = ["git", "--git-dir", there]
+    assert run(*branch, "log", "--format=%s %an|%P", "colab") == "Copies for Colab of cafe CI|\n"
+    listed = run(*branch, "ls-tree", "-r", "--name-only", "colab").split()
+    assert listed == ["1-page.ipynb", "2-page.ipynb"]
+    assert run("git", "status", "--porcelain") == ""
 
 
 def test_workflows_exist():
