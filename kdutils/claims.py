@@ -20,6 +20,7 @@ from kdutils.verdicts import Rule
 REGISTER = PROJECT / "data" / "claims.csv"
 TEXTS = ("id", "study", "source", "statement", "quantity", "paper_value", "kind", "unit")
 COLUMNS = (*TEXTS[:-1], "parts", "bound", "effect", "margin", "unit", "seeds")
+SPAN = ("mean", "low", "high")
 MIME = "application/vnd.kdutils.claims+json"  # of the values in a notebook's output
 UNITS = {  # how a value is said: factor, digits, what stands behind it
     "points": (100, 1, " points"),
@@ -207,15 +208,15 @@ def _verdict(claim: Claim, parts: dict) -> dict:
         "paper": None if rule.effect is None else rule.reach(rule.effect),
         "values": by_seed[whole.part],
         "parts": {
-            part: {"verdict": v.word, "mean": v.mean, "low": v.low, "high": v.high, "found": v.n}
-            | {"effect": claim.rules[part].effect, "values": by_seed[part]}
+            part: parts.get(part, {"values": {}})
+            | {k: getattr(v, k) for k in SPAN}
+            | {"verdict": v.word, "found": v.n, "effect": claim.rules[part].effect}
             for part, v in each.items()
         },
         "runs": sorted({key for key, *_ in sources}),
         "verdict": whole.word,
-        "part": whole.part,
         "found": whole.n,
-        **{k: getattr(whole, k) for k in ("mean", "low", "high", "p", "effect_excluded")},
+        **{k: getattr(whole, k) for k in ("part", *SPAN, "p", "effect_excluded")},
         "margins": _margins(rule, whole),
         "needed": None if None in needed else max(needed, default=None),
     }
@@ -226,7 +227,7 @@ def _margins(rule: Rule, found: verdicts.Verdict) -> dict | None:
     if found.mean is None:
         return None
     unit = abs(rule.beyond(rule.reach(rule.margin)))
-    drawn = {k: rule.beyond(getattr(found, k)) / unit for k in ("mean", "low", "high")}
+    drawn = {k: rule.beyond(getattr(found, k)) / unit for k in SPAN}
     effect = None if rule.effect is None else rule.beyond(rule.reach(rule.effect)) / unit
     return drawn | {"effect": effect}
 

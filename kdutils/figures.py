@@ -121,8 +121,8 @@ def tally(rows: list[dict]) -> plt.Axes:
             if count := names.count(study):
                 ax.barh(y, count, left=start[study], color=colour, edgecolor="white", height=0.72)
                 tint = "white" if word == "replicated" else "black"
-                middle = start[study] + count / 2
-                ax.text(middle, y, count, ha="center", va="center", size=11, color=tint)
+                middle, told = start[study] + count / 2, str(count) * (count > len(rows) / 100)
+                ax.text(middle, y, told, ha="center", va="center", size=11, color=tint)
                 start[study] += count
         if names:
             ax.plot([], [], "s", color=colour, markersize=10, label=word or "no verdict")

@@ -183,7 +183,8 @@ const verdicts = (() => {
 
   // ------------------------------------------------------------------------- claims
 
-  const REGISTERED = { level: 95, correction: "study", margin: 1, study: "", word: "", out: [] };
+  const REGISTERED = { level: 95, correction: "study", margin: 1, epoch: "last", study: "",
+    word: "", out: [] };
 
   /** Every claim with what its values say of it, as the reader has set it. */
   function judged(claims, state) {
@@ -191,7 +192,8 @@ const verdicts = (() => {
     const rows = claims.map((claim) => {
       const [, need, kind] = claim.kind.match(/^(?:all |any (\d+) of )?(.+)$/);
       const rules = {}, values = {}, each = {};
-      for (const [part, { effect, values: bySeed }] of Object.entries(claim.parts)) {
+      for (const [part, { effect, ...taken }] of Object.entries(claim.parts)) {
+        const bySeed = taken[state.epoch] ?? taken.values; // an epoch that a claim may not have
         const { bound, upper, margin } = claim, ratio = claim.unit === "ratio";
         rules[part] = { kind, bound, upper, margin: margin * state.margin, effect, ratio };
         const counted = ([seed]) => !state.out.includes(`${claim.study}.${seed}`);
@@ -279,6 +281,8 @@ const verdicts = (() => {
     if (state.level !== 95) set.push(`at ${state.level} %`);
     const times = { 0.5: "at half the margins", 2: "at twice the margins" };
     if (state.margin !== 1) set.push(times[state.margin] ?? "without margins");
+    const epochs = { chosen: "by epochs chosen on held-out pictures", best: "by best epochs on test" };
+    if (state.epoch !== "last") set.push(epochs[state.epoch]);
     const count = state.out.length;
     if (count) set.push(`without ${count} seed${count > 1 ? "s" : ""}`);
     return set.length ? `Judged ${set.join(", ")}.` : "As registered.";
@@ -301,7 +305,9 @@ const verdicts = (() => {
   const seedNames = new Set(claims.flatMap(({ study, parts }) =>
     Object.values(parts).flatMap((part) => Object.keys(part.values).map((s) => `${study}.${s}`))));
   const SETS = { level: [95, 90, 99], correction: ["study", "none", "all"], margin: [1, 0.5, 2, 0],
-    study: ["", ...studies], word: ["", ...[...v.WORDS].reverse(), v.NONE, "differs"] };
+    epoch: ["last", "chosen", "best"], study: ["", ...studies],
+    word: ["", ...[...v.WORDS].reverse(), v.NONE, "differs"] };
+  const RECORD = "../book/record.html?of="; // where a claim's values and runs are
   let state = read(), shown = [];
 
   // ------------------------------------------------------------------------- the address
@@ -337,6 +343,7 @@ const verdicts = (() => {
     level: ["Confidence", (level) => `${level} %`],
     correction: ["Holm’s correction", (one) => FAMILIES[one]],
     margin: ["Margin", (one) => ({ 1: "as registered", 0.5: "× ½", 2: "× 2", 0: "0" })[one]],
+    epoch: ["Epoch", (one) => ({ last: "the last", chosen: "chosen", best: "best on test" })[one]],
     study: ["Study", (study) => study || "all"],
     word: ["Verdict", (word) => (word === "differs" ? "not as registered" : word || "all")],
   };
@@ -406,7 +413,8 @@ const verdicts = (() => {
     const sign = word.split(",")[0].replace(" ", "-");
     const was = row.verdict === row.registered ? ""
       : make("span", { class: "was" }, `registered: ${row.registered ?? v.NONE}`);
-    fill(name, row.id, make("span", { class: `verdict ${sign}` }, word), was);
+    const record = { class: "claim", href: `${RECORD}${row.id}` };
+    fill(name, make("a", record, row.id), make("span", { class: `verdict ${sign}` }, word), was);
     const paper = row.paper === null ? "–" : v.said(row.paper, row.unit, units);
     fill(effect, paper, row.excluded ? "(excluded)" : "");
     const found = row.mean === null ? "–" : v.saidWithInterval(row, units);
@@ -499,7 +507,7 @@ const verdicts = (() => {
   /** Put a picture in the place of a figure's static one, with the same words for who hears it. */
   function place(figure, width, height, parts) {
     const image = figure.querySelector("img");
-    const about = { role: "img", "aria-label": image.alt, class: "live", width, height };
+    const about = { role: "group", "aria-label": image.alt, class: "live", width, height };
     const picture = svg("svg", { ...about, viewBox: `0 0 ${width} ${height}` });
     picture.append(...parts);
     figure.querySelector("svg")?.remove();
@@ -531,9 +539,11 @@ const verdicts = (() => {
       parts.push(band);
       const top = y;
       y += 6;
+      const link = svg("a", { href: `${RECORD}${row.id}` });
       for (const line of wrap(`${row.id} ${row.statement}`, width - 12, `14px ${family}`)) {
-        text(6, (y += 17), line, "statement");
+        link.append(svg("text", { x: 6, y: (y += 17), class: "statement" }, line));
       }
+      parts.push(link);
       const middle = y + 18, span = { y1: middle - 9, y2: middle + 9 };
       const [sign, shape] = SIGNS[row.verdict ?? v.NONE];
       parts.push(svg("line", { x1: at(0), x2: at(0), ...span, class: "bound" }));
