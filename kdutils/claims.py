@@ -293,13 +293,7 @@ def table(rows: list[dict]) -> str:
 
 def of_notebooks() -> list[dict]:
     """Every registered claim with what the stored notebooks found of it; see :func:`judged`."""
-    import nbformat
-
     from kdutils import notebooks
 
-    rows = []
-    for path in notebooks.studies().values():
-        for cell in nbformat.read(path, as_version=4).cells:
-            for output in cell.get("outputs", []):
-                rows += output.get("data", {}).get(MIME, [])
-    return judged(rows)
+    found = [put for path in notebooks.studies().values() for put in notebooks.outputs(path)]
+    return judged([row for put in found for row in put.get(MIME, [])])

@@ -51,6 +51,21 @@ def find(study: str) -> Path:
     return known[study]
 
 
+def outputs(path: Path, tag: str = "") -> list[dict]:
+    """What the cells, or those of a tag, have put out in a stored notebook, by kind of data.
+
+    Raises :class:`NotebookFailed` for a damaged one.
+    """
+    import nbformat
+
+    try:
+        cells = nbformat.read(path, as_version=4).cells
+        tagged = [cell for cell in cells if not tag or tag in cell.metadata.get("tags", [])]
+        return [put.get("data", {}) for cell in tagged for put in cell.get("outputs", [])]
+    except (ValueError, AttributeError, KeyError):
+        raise NotebookFailed(f"{path} is damaged: it is no notebook") from None
+
+
 def scale_parameters(study: str, scale: str) -> dict:
     """The parameters in ``notebooks/params/<study>.<scale>.yaml``."""
     if scale not in SCALES:
@@ -257,8 +272,9 @@ def train(study: str, given: dict, workers: int | None = None, only: str = "") -
         names["study"].workers, names["study"].only, names["study"].plan = workers, only, plan
 
     given = given | {"train_missing": True}
-    with suppress(Exception), redirect_stdout(io.StringIO()):  # it will come again below
+    with suppress(Exception), redirect_stdout(io.StringIO()) as said:  # it will come again below
         procedure(study, given, ("runs",), begin)
+    print("".join(re.findall(r".*; set aside as .*\n", said.getvalue())), end="")  # this will not
     plan.dry = False
     try:
         procedure(study, given, ("runs",), begin)

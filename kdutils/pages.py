@@ -122,13 +122,9 @@ def say(rows: list[dict], named: dict[str, str]):
 
 def stored_answer(study: str) -> str:
     """The answer that a study's stored page shows; without one, its tally and what was decided."""
-    import nbformat
-
-    cells = nbformat.read(notebooks.find(study), as_version=4).cells
-    for cell in (c for c in cells if "answer" in c.metadata.get("tags", [])):
-        for output in cell.outputs:
-            if "text/markdown" in output.get("data", {}):
-                return output["data"]["text/markdown"]
+    for put in notebooks.outputs(notebooks.find(study), "answer"):
+        if "text/markdown" in put:
+            return put["text/markdown"]
     rows = [row for row in claims.of_notebooks() if row["study"] == study]
     open_still = (None, verdicts.INCONCLUSIVE)
     decided = [f"{r['statement']}: {holds(r)}." for r in rows if r["verdict"] not in open_still]

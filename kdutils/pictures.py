@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 
-from kdutils import data
+from kdutils import data, files
 from kdutils.data import DataError
 
 CLASSES = ("cat", "dog")
@@ -130,12 +130,13 @@ def _class(entry: str) -> int | None:
 def _files(path: Path) -> tuple[list[str], Callable]:
     """The names of all files in a folder or zip archive, sorted, and how to open one."""
     if path.is_dir():
-        inside = (p for p in path.rglob("*") if p.is_file())
-        names = sorted(p.relative_to(path).as_posix() for p in inside)
+        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
         return names, lambda entry: open(path / entry, "rb")
     try:
         archive = zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+        for info in archive.infolist():
+            archive.open(info).close()  # else a picture is left out whose name here is damaged
+    except Exception as error:  # a damaged one can make zipfile raise nearly anything
         reason = f"it is no folder and no zip archive that can be read ({error})"
         raise DataError(f"{path} was not imported: {reason}") from None
     entries = sorted({entry for entry in archive.namelist() if entry[-1:] != "/"})
@@ -176,15 +177,12 @@ def _write(name, source, size, called, decode) -> tuple[Path, list[str]]:
     images, labels = (images, labels) if good.all() else (images[good], labels[good])
     path = data.folder() / f"{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+    files.sweep(path.parent)
+    arrays = {"x_all": images, "y_all": labels, "names": CLASSES}
+    arrays |= {"fingerprint": data.fingerprint(images, labels), "skipped": np.array(skipped, str)}
+    own = {"dir": path.parent, "prefix": f"{files.owner()}-", "suffix": ".partial"}
+    with tempfile.TemporaryDirectory(**own) as scratch:  # swept, if this is killed
         partial = Path(scratch) / "whole.npz"
-        np.savez(
-            partial,
-            x_all=images,
-            y_all=labels,
-            names=np.array(CLASSES),
-            fingerprint=np.array(data.fingerprint(images, labels)),
-            skipped=np.array(skipped, dtype=str),
-        )
+        np.savez(partial, **arrays)
         os.replace(partial, path)
     return path, skipped

@@ -262,6 +262,7 @@ def commit() -> str:
     whichever the environment names.
     """
     own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or "CONFIG" in k}
+    own["GIT_OPTIONAL_LOCKS"] = "0"  # killed while it held one, git would leave it behind
 
     def git(*words):
         done = subprocess.run(["git", *words], cwd=PROJECT, env=own, capture_output=True)
