@@ -10,26 +10,29 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import warnings
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 
-from kdutils import notebooks
+from kdutils import claims, notebooks
 
 PROJECT = Path(__file__).parent.parent
 STUDY = "notebooks/3-eskd"
-PAGES = ["notebooks/index", "book/methods", "book/rerun", "book/design", "book/log", "book/device"]
-PAGES += ["book/glossary", "book/references", "notebooks/verdicts", "notebooks/scenes"]
-PAGES += [f"notebooks/{path.stem}" for path in notebooks.studies().values()]
+TOC = yaml.safe_load((PROJECT / "_toc.yml").read_text(encoding="utf-8"))
+PAGES = [TOC["root"], *(page["file"] for part in TOC["parts"] for page in part["chapters"])]
 NOTEBOOKS = [name for name in PAGES if name.startswith("notebooks/")]
 FORMULAS = "notebooks/2-vid"
 WIDTHS = {"desktop": 1280, "phone": 390, "paper": 720}
 REPOSITORY = "Someone/their-copy"  # that the book is built from, as CI's machines say it
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MEGABYTE = 1_000_000
 
 
@@ -64,6 +67,7 @@ def html(tmp_path_factory) -> Path:
     command += ["-W", "-n", "--keep-going"]
     started = time.perf_counter()
     where = {"GITHUB_REPOSITORY": REPOSITORY, "GITHUB_SERVER_URL": "https://github.com"}
+    where["GITHUB_SHA"] = COMMIT
     done = subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | where)
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -279,6 +283,41 @@ def test_verdicts_are_judged_anew_and_nothing_sticks_out(screen, address, width)
     assert screen.wrong == []
 
 
+def test_a_number_leads_to_its_claim_and_from_there_to_its_runs(screen, address):
+    """From a study's page, on a phone: nothing sticks out, and each step has what it promises."""
+    screen.wrong.clear()
+    switch(screen, "phone")
+    rows = {row["id"]: row for row in claims.of_notebooks()}
+    row = next(row for row in rows.values() if row["verdict"] and row["study"] != "concierge")
+    screen.goto(f"{address}/notebooks/{notebooks.find(row['study']).stem}.html")
+    text = claims.said_with_interval(row)
+    screen.locator("article a.claim", has_text=text).first.click()
+    screen.wait_for_url(f"**/book/record.html?of={row['id']}")
+    place = screen.locator("#opened")
+    place.locator("table").first.wait_for()
+    assert screen.locator("article h1").inner_text().startswith(row["id"])
+    assert text in place.inner_text()
+    assert sticking_out(screen) == []
+    run = place.locator("table[aria-label='Values by seed'] a").first
+    name = run.inner_text()
+    run.click()
+    screen.wait_for_url(f"**of={row['study']}/{name}")
+    place.get_by_role("combobox", name="Measure").wait_for()
+    key = name.rpartition("-")[2]
+    assert f"python -m kdutils verify {row['study']} --key {key}" in place.inner_text()
+    assert place.get_by_role("img").get_attribute("aria-label").startswith("test accuracy from")
+    place.get_by_role("combobox", name="Measure").select_option("loss")
+    assert place.get_by_role("img").get_attribute("aria-label").startswith("loss from epoch 1")
+    screen.evaluate(Axe().axe_script)
+    assert sticking_out(screen) + barriers(screen, {"exclude": []}, {}) == []
+    switch(screen, "desktop")
+    screen.goto(f"{address}/book/record.html?of=vid-99")
+    place.locator("input").fill(f"{name} {row['id']}")
+    assert place.get_by_role("status").inner_text().startswith("1 of ")
+    assert "no claim and no published run named vid-99" in place.inner_text()
+    assert screen.wrong == []
+
+
 def test_figures_of_the_study_have_captions(pages):
     cells = json.loads((PROJECT / f"{STUDY}.ipynb").read_text(encoding="utf-8"))["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
@@ -454,6 +493,10 @@ def test_addresses_are_those_of_the_building_repository(html, pages):
         launch = [link for link in page.links if "mybinder.org/" in link]
         hub = f"https://mybinder.org/v2/gh/{REPOSITORY}/main?urlpath=lab/tree"
         assert launch == ([f"{hub}/{name}.ipynb"] if name in NOTEBOOKS else [])
+        launch = [link for link in page.links if "colab.research.google.com/" in link]
+        colab = f"https://colab.research.google.com/github/{REPOSITORY}/blob/colab"
+        ours = [f"{colab}/{Path(name).name}.ipynb"]
+        assert launch == (ours if name in NOTEBOOKS else [])
     written = yaml.safe_load((PROJECT / "_config.yml").read_text(encoding="utf-8"))["repository"]
     texts = [page.path.read_text(encoding="utf-8") for page in pages.values()]
     assert not any(written["url"] in text for text in texts)
@@ -462,12 +505,109 @@ def test_addresses_are_those_of_the_building_repository(html, pages):
     assert all(f"<loc>{site}{name}.html</loc>" in listed for name in PAGES)
 
 
-@pytest.fixture
-def published():
-    spec = importlib.util.spec_from_file_location("published", PROJECT / "book" / "published.py")
+def test_a_page_is_downloaded_whole_and_always_as_the_same_bytes(html, pages, copies, tmp_path):
+    for name in NOTEBOOKS:
+        stem = Path(name).name
+        (link,) = [link for link in pages[name].links if link.endswith(".zip")]
+        archive = target(pages[name], link)
+        assert archive == (html / "_downloads" / f"{stem}.zip").resolve()
+        wanted = {f"{name}.ipynb", f"{name}.md"}
+        if stem[0].isdigit():
+            sizes = ("smoke", "laptop", "paper")
+            wanted |= {f"notebooks/params/{stem.partition('-')[2]}.{size}.yaml" for size in sizes}
+        with zipfile.ZipFile(archive) as whole:
+            assert set(whole.namelist()) == wanted
+            for part in wanted:
+                assert whole.read(part) == (html.parent.parent / part).read_bytes()
+        again = tmp_path / "again.zip"
+        copies.pack(PROJECT / f"{name}.ipynb", again)
+        assert again.read_bytes() == archive.read_bytes()
+    assert list(html.rglob("*.ipynb")) == []  # nothing is there twice
+    others = [pages[name] for name in PAGES if name not in NOTEBOOKS]
+    assert not [link for page in others for link in page.links if link.endswith(".zip")]
+
+
+def test_colab_gets_the_pages_as_they_are_with_a_cell_that_fetches_their_commit(html):
+    made = html.parent / "colab"
+    assert {path.stem for path in made.iterdir()} == {Path(name).name for name in NOTEBOOKS}
+    for name in NOTEBOOKS:
+        first, *rest = nbformat.read(made / f"{Path(name).name}.ipynb", as_version=4).cells
+        assert rest == nbformat.read(PROJECT / f"{name}.ipynb", as_version=4).cells
+        wanted = f'def fetch(repository="https://github.com/{REPOSITORY}", commit="{COMMIT}"):'
+        assert first.source.splitlines().count(wanted) == 1
+
+
+def local(name: str):
+    """One of the book's extensions of Sphinx."""
+    spec = importlib.util.spec_from_file_location(name, PROJECT / "book" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def published():
+    return local("published")
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    monkeypatch.syspath_prepend(PROJECT / "book")
+    return local("copies")
+
+
+def test_colab_is_left_out_where_no_commit_or_another_server_is_known(copies, monkeypatch):
+    app = types.SimpleNamespace(confdir=str(PROJECT))
+    for name in ("GITHUB_SHA", "GITHUB_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("GITHUB_REPOSITORY", REPOSITORY)
+    assert copies.built_from(app) is None
+    monkeypatch.setenv("GITHUB_SHA", COMMIT)
+    assert copies.built_from(app) == (REPOSITORY, COMMIT)
+    monkeypatch.setenv("GITHUB_SERVER_URL", "https://git.example.org")
+    assert copies.built_from(app) is None
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["elsewhere", "in Colab"])
+def test_the_cell_for_colab_fetches_and_installs_only_there(copies, tmp_path, there):
+    """With a repository on this disk; what pip is asked for is noted instead of done."""
+    git = ["git", "-c", "user.name=me", "-c", "user.email=me@here", "-C", str(tmp_path / "their")]
+    subprocess.run(["git", "init", "-q", str(tmp_path / "their")], check=True)
+    pins = "# ours\nJinja2==0\nno_such.thing==1.2\n"
+    (tmp_path / "their" / "constraints.txt").write_text(pins, encoding="utf-8")
+    for words in (["add", "."], ["commit", "-qm", "one"], ["commit", "-qm", "2", "--allow-empty"]):
+        subprocess.run([*git, *words], check=True)
+    commit = subprocess.check_output([*git, "rev-parse", "HEAD~"], encoding="utf-8").strip()
+    cell = copies.FIRST.read_text(encoding="utf-8").replace("REPOSITORY", f"{tmp_path}/their")
+    cell = cell.replace("COMMIT", commit).replace("/content", f"{tmp_path}/content")
+    cell = cell.replace("/tmp/lacking", f"{tmp_path}/lacking")
+    program = f"""
+import os, subprocess, sys
+run, before = subprocess.run, os.getcwd()
+def noted(words, **how):
+    print(words[1:]) if words[0] == sys.executable else run(words, **how)
+subprocess.run = noted
+sys.modules.update({{"google.colab": sys}} if {there} else {{}})
+exec({cell!r})
+print(os.getcwd() != before, os.getcwd() in sys.path, os.path.exists("constraints.txt"))
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, encoding="utf-8"
+    )
+    assert said.returncode == 0, said.stderr
+    if not there:
+        assert said.stdout == "False False False\n"
+        return
+    pip, sentence, where = said.stdout.splitlines()
+    asked = ["-m", "pip", "install", "-q", "-c", f"{tmp_path}/lacking.txt", "-e", ".[train]"]
+    assert pip == str(asked)
+    assert (tmp_path / "lacking.txt").read_text(encoding="utf-8") == "no_such.thing==1.2"
+    assert sentence.startswith(f"{tmp_path}/their at {commit[:12]} is in {tmp_path}/content/their")
+    assert where == "True True True"
+    head = subprocess.check_output(
+        ["git", "-C", tmp_path / "content" / "their", "rev-parse", "HEAD"], encoding="utf-8"
+    )
+    assert head.strip() == commit
 
 
 def test_address_follows_the_remote_and_is_absent_without_one(published, monkeypatch, tmp_path):

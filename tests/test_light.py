@@ -85,8 +85,8 @@ def kept(folder: Path, page: str) -> list:
 
 def test_verdicts_and_a_study_run_from_records(light):
     study = notebooks.find(STUDY).stem
-    for page in (study, "verdicts"):
-        (light.folder / "notebooks" / f"{page}.ipynb").unlink()
+    for name in (f"{study}.ipynb", "verdicts.ipynb", "index.md", "together.md"):
+        (light.folder / "notebooks" / name).unlink()
     run = light("-m", "kdutils", "sync", STUDY)
     assert run.returncode == 0, run.stderr[-2000:]
     assert f"{light.folder}/notebooks/verdicts.ipynb" in run.stdout.splitlines()
