@@ -341,13 +341,13 @@ def outcome(project: Project, kind: str, path: Path, sound: Callable) -> tuple[s
 
     ``sound()`` is what commands say and leave where nothing is damaged.
     """
-    heard = [project.run(words) for words in DAMAGED[kind][3]]
-    said, now = [out for _, out, _ in heard], project.tree()
-    last = [(err.strip() or out.strip()).rpartition("\n")[2] for code, out, err in heard if code]
+    heard = [(words, *project.run(words)) for words in DAMAGED[kind][3]]
+    said, last, now = [out for _, _, out, _ in heard], [], project.tree()
     named = rf"{re.escape(path.name)}|(claim|for) (?!None)\S+"  # the file, or a claim
-    odd = [line for line in last if not re.search(named, line)]
-    if odd or any("Traceback" in out + err for _, out, err in heard):
-        return "no sentence", (odd or last)[0]
+    for words, code, out, err in heard:
+        last += [(err.strip() or out.strip()).rpartition("\n")[2]] * bool(code)
+        if "Traceback" in out + err or (code and not re.search(named, last[-1])):
+            return "no sentence", f"{' '.join(words)}: {last[-1]}"
     again = any(".damaged-" in name for name in now)
     if again and not any("; set aside as" in out for out in said):
         return "no sentence", "it was set aside in silence"

@@ -56,11 +56,13 @@ what is shown as one script each, so that the page works from a folder too. */
     const judged = make("p", {}, make("span", { class: `verdict ${sign}` }, word), ` ${one.said}`,
       one.part ? ` (decided by ${one.part})` : "");
     const about = [
-      ["the paper says", `${one.statement} (${one.source})`],
+      one.source === "ours" ? ["we ask", one.statement]
+        : ["the paper says", `${one.statement} (${one.source})`],
       ["its number", one.effect ? `${one.paper_value}; effect ${one.effect}` : one.paper_value],
       ["quantity", one.quantity],
       ["registered", `${one.kind}; ${rule}; ${one.seeds} seeds`],
-      ["Holm", { true: "survives", false: "does not survive", null: "does not apply" }[one.holm]],
+      ["Holm", one.verdict === null ? "not judged yet"
+        : { true: "survives", false: "does not survive", null: "does not apply" }[one.holm]],
     ];
     const from = (sources) => sources.flatMap(([name, path, value], k) => [
       ...(k ? [make("br")] : []), `${short(value)}, ${said(path)} of `, to(name, name.split("/")[1] ?? name),
@@ -120,8 +122,11 @@ what is shown as one script each, so that the page works from a folder too. */
     const label = make("label", { for: "measure" }, "Measure");
     const figure = make("div", { class: "curve" });
     const draw = () => {
-      const drawn = curve(select.value.replaceAll("_", " "), epochs, rest[select.value]);
-      figure.replaceChildren(drawn);
+      const name = select.value.replaceAll("_", " "), values = rest[select.value];
+      const each = epochs.map((epoch, k) => [String(epoch), text(values[k])]);
+      const fold = make("details", {}, make("summary", {}, `As a table; at the end ${text(values.at(-1))}`),
+        table(["epoch", name], each, name));
+      figure.replaceChildren(curve(name, epochs, values), fold);
     };
     select.addEventListener("change", draw);
     draw();
@@ -158,7 +163,8 @@ what is shown as one script each, so that the page works from a folder too. */
         "Where it was made"),
       make("h2", {}, "Make it again"),
       make("pre", {}, `python -m kdutils verify ${one.study} --key ${one.key}`),
-      make("p", {}, "trains the run again from nothing, its teachers too, and compares every number. ",
+      make("p", {}, "makes the run again from nothing, its teachers too, and compares: every number where ",
+        "processor, threads and versions are these, else the last accuracies. ",
         "The record itself, with all digits: ", stored, "."),
     ];
   }
@@ -191,7 +197,7 @@ what is shown as one script each, so that the page works from a folder too. */
     find.addEventListener("input", filter);
     filter();
     const rows = Object.entries(claims).map(([id, statement]) => [[to(id)], statement]);
-    return [make("h2", {}, "All claims"), table(["claim", "the paper says"], rows, "All claims"),
+    return [make("h2", {}, "All claims"), table(["claim", "what is claimed"], rows, "All claims"),
       make("h2", {}, "All runs"), make("p", {}, label, " ", find), status, drawn];
   }
 
