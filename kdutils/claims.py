@@ -57,7 +57,7 @@ class Claim:
 def registered(path: Path | None = None) -> dict[str, Claim]:
     """The claims by id. Raises :class:`ClaimError` for a row that no verdict could follow from."""
     found: dict[str, Claim] = {}
-    with open(path or REGISTER, encoding="utf-8", newline="") as file:
+    with open(path or REGISTER, encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
             name = row.get("id")
             if name in found:
@@ -65,7 +65,7 @@ def registered(path: Path | None = None) -> dict[str, Claim]:
             try:
                 found[name] = _claim(row)
             except ValueError as error:
-                raise ClaimError(f"claim {name}: {error}.") from None
+                raise ClaimError(f"claim {name or 'in claims.csv'}: {error}.") from None
     return found
 
 

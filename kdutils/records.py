@@ -42,7 +42,7 @@ def read(path: Path) -> dict | None:
     """The record at ``path``; None where there is none. A damaged one is set aside, and said."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        for key in ("key", "arguments", "status", "results", "weights", "made"):
+        for key in ("run", "key", "scale", "arguments", "status", "results", "weights", "made"):
             content[key]
         return content
     except FileNotFoundError:

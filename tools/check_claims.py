@@ -20,6 +20,7 @@ HOW = {"value": lambda a: a, "difference": lambda a, b: a - b, "ratio": lambda a
 
 
 def read(path):
+    read.last = path  # to be named, should it be damaged
     return json.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
 
 
@@ -68,7 +69,7 @@ def faults(folder, part):
                     at = every or [x[int(step) if isinstance(x, list) else step] for x in at]
                 if not made.startswith(key) or number != (at if "*" in path else at[0]):
                     raise ValueError
-            except (ValueError, LookupError, TypeError):
+            except (OSError, ValueError, LookupError, TypeError):
                 yield f"no sound record of run {key} has the {path} of seed {seed}."
         numbers = (float(number) for *_, number in part["from"][seed])
         if part["how"] in HOW and Decimal(repr(HOW[part["how"]](*numbers))) != value:
@@ -79,15 +80,16 @@ def faults(folder, part):
 
 
 def main(root):
-    text, lines, ps = (root / "data/claims.csv").read_text(encoding="utf-8"), {}, {}
-    register = {row["id"]: row for row in csv.DictReader(text.splitlines())}
     cells = [c for p in root.glob("notebooks/*.ipynb") for c in read(p)["cells"]]
     data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
     rows = [row for one in data for row in one.get("application/vnd.kdutils.claims+json", [])]
     stored = {row["id"]: row.get("parts", {}) for row in rows}
+    read.last, lines, ps = root / "data/claims.csv", {}, {}
+    text = csv.DictReader(read.last.read_text(encoding="utf-8").splitlines())
+    register = {row["id"]: row | {"seeds": int(row["seeds"])} for row in text}
     wrong = [f"claim {name}: stored, but not registered." for name in {*stored} - {*register}]
     for name, row in register.items():
-        names, parts, seeds = row["parts"].split(";"), stored.get(name, {}), int(row["seeds"])
+        names, parts, seeds = row["parts"].split(";"), stored.get(name, {}), row["seeds"]
         count, several, kind = row["kind"].removeprefix("all ").rpartition(" of ")
         texts = [t for p in parts.values() for t in faults(root / "data/records" / row["study"], p)]
         texts += [f"registered are {names}, stored {[*parts] or 'none'}."] * ({*names} != {*parts})
@@ -111,9 +113,9 @@ def main(root):
         for k, (p, name) in enumerate(sorted(of_study)):
             passed = passed and p <= 0.05 / (len(of_study) - k)
             lines[name] += f", Holm: {'yes' if passed else 'no'}"
-    print(*wrong or lines.values(), sep="\n")
-    return bool(wrong)
+    return print(*wrong or lines.values(), sep="\n") or bool(wrong)
 
 
 if __name__ == "__main__":
+    sys.excepthook = lambda _, error, at: print(f"{read.last} is damaged: {error!r}.")
     sys.exit(main(Path([*sys.argv, Path(__file__).parent.parent][1])))

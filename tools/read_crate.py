@@ -22,7 +22,7 @@ def main(name, path):
         return answer(name, {entity["@id"]: entity for entity in graph})
     except FileNotFoundError:
         return f"{path} does not exist: make it by `make crate`."
-    except (ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         return f"{path} is no crate: {error!r}."
 
 
