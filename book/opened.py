@@ -8,7 +8,6 @@ import functools
 import json
 import math
 import re
-import subprocess
 from collections import defaultdict
 from html import escape
 from pathlib import Path
@@ -78,15 +77,6 @@ def of_claim(row: dict, names: dict[str, str]) -> dict:
     return {name: row[name] for name in TOLD} | told | {"values": values}
 
 
-def commit() -> str | None:
-    """The commit that the book is built from."""
-    asked = ["git", "-C", str(records.PROJECT), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(asked, capture_output=True, encoding="utf-8").stdout.strip() or None
-    except OSError:  # no git
-        return None
-
-
 def write(app, failed):
     """One script a claim and a run, and one that lists all runs."""
     if failed or app.builder.format != "html":
@@ -116,7 +106,10 @@ def write(app, failed):
         "claims": {row["id"]: row["statement"] for row in rows},
         "pages": {study: f"../notebooks/{path.stem}.html" for study, path in pages.items()},
     }
-    where = {"repository": app.config.html_theme_options["repository_url"], "commit": commit()}
+    where = {
+        "repository": app.config.html_theme_options["repository_url"],
+        "commit": records.commit().partition("+")[0],
+    }
     for name, content in shown.items():
         path = folder / f"{name}.js"
         path.parent.mkdir(parents=True, exist_ok=True)
