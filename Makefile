@@ -6,6 +6,8 @@ ENGINE ?=
 PYTHON ?= python3
 BIN := .venv/bin
 CORES = $(shell getconf _NPROCESSORS_ONLN)
+# One more than cores, since tests also wait for what they have started, and at most eight.
+WORKERS = $(shell echo $$(( $(CORES) < 8 ? $(CORES) + 1 : 8 )))
 STUDIES = $(or $(STUDY),$(patsubst notebooks/params/%.smoke.yaml,%,$(wildcard notebooks/params/*.smoke.yaml)))
 # The notebooks that are pages; others may lie beside them.
 PAGES = $(shell sed -n 's|.*: \(notebooks/.*\)|\1.ipynb|p' _toc.yml)
@@ -36,7 +38,7 @@ env: .venv/.stamp ## make the environment in .venv, once
 	@touch $@
 
 test: env ## run every test: unit, house, notebooks, book, stored outputs
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile \
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
 		--nbval --nbval-current-env --nbval-cell-timeout=600 tests $(PAGES)
 
 book: env ## build the book from the notebooks' stored outputs

@@ -225,8 +225,8 @@ def _parameters_of(path: Path) -> set[str]:
     return set(re.findall(r"^(\w+) =", source, re.MULTILINE))
 
 
-@pytest.mark.parametrize("study", notebooks.studies())
-def test_one_changed_digit_of_a_stored_output_is_found(study, tmp_path):
+def test_one_changed_digit_of_a_stored_output_is_found():
+    study = "vid"  # whichever: `make test` compares the outputs of them all
     notebook = nbformat.read(notebooks.find(study), as_version=4)
     outputs = [(k, o) for k, c in enumerate(notebook.cells) for o in c.get("outputs", [])]
     places = [(k, o.get("data", o), n) for k, o in outputs for n in ("text/plain", "text")]
@@ -275,7 +275,7 @@ def test_verify_trains_a_published_run_again_and_finds_a_changed_digit(tmp_path,
     monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path / "runs"))
     monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
     names = notebooks.procedure("eskd", {"scale": "laptop", "train_missing": True})
-    setting = {"dataset": "digits", "validation": 200, "batch_size": 100, "stem": "imagenet"}
+    setting = {"dataset": "digits", "validation": 1000, "batch_size": 100, "stem": "imagenet"}
     setting |= {"epochs": 2, "milestones": [1], "lr": 0.02, "network": "resnet10", "seed": 0}
     setting["augmentation"] = "flips"
     taught = {"teacher_network": "resnet10", "snapshot": 1, "kd_epochs": 1}
