@@ -98,16 +98,12 @@ def _claim(row: dict) -> Claim:
     margin, seeds = _number("margin", row["margin"]), _number("seeds", row["seeds"], whole=True)
     if margin <= 0 or seeds < 2:
         raise ValueError("its margin must be above 0, and its seeds at least 2")
+    upper = bounds[1] if kind == "within" else None
+    shared = {"margin": margin, "upper": upper, "ratio": row["unit"] == "ratio"}
+    told = [_number("effect", effect) if effect else None for effect in effects]
     rules = {
-        part: Rule(
-            kind,
-            bounds[0],
-            margin=margin,
-            effect=_number("effect", effect) if effect else None,
-            upper=bounds[1] if kind == "within" else None,
-            ratio=row["unit"] == "ratio",
-        )
-        for part, effect in zip(parts, effects, strict=True)
+        part: Rule(kind, bounds[0], effect=effect, **shared)
+        for part, effect in zip(parts, told, strict=True)
     }
     for rule in rules.values():  # what is beyond the bound has to be a ratio too
         rule.scaled(rule.bound), rule.scaled(rule.reach(margin))

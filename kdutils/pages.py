@@ -135,9 +135,7 @@ def caveats(rows: list[dict]) -> str:
     """At which scale claims were judged, and how many replicated ones survive a correction."""
     judged_last = sorted(rows, key=lambda row: row["scale"] is not None)
     scale_of = {row["study"]: row["scale"] or "no" for row in judged_last}
-    of, done = (
-        Counter(r["study"] for r in rows if every or r["verdict"]) for every in (True, False)
-    )
+    of, done = Counter(r["study"] for r in rows), Counter(r["study"] for r in rows if r["verdict"])
     named = {s: f"{s} ({done[s]} of {n})" if 0 < done[s] < n else s for s, n in of.items()}
     where = {"paper": "at scale paper", "laptop": "at laptop, smaller stand-ins", "no": "not yet"}
     scales = "; ".join(

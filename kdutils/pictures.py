@@ -1,11 +1,13 @@
 """Pictures of two classes: brought in once from a folder, an archive or torchvision, and read."""
 
+import hashlib
 import io
 import os
 import re
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,6 +19,9 @@ from kdutils.data import DataError
 
 CLASSES = ("cat", "dog")
 LARGEST = 64 * 2**20  # bytes of one picture's file; what is larger is no photograph
+HIDDEN = re.compile(
+    r"(^|/)(\.|(thumbs\.db|desktop\.ini)$)"
+)  # systems' own files, and thrown away ones
 
 
 @dataclass(frozen=True)
@@ -73,17 +78,20 @@ def collect(name: str, path: Path, size: int) -> tuple[Path, list[str]]:
     """Decode the cats and dogs in a folder or zip archive into ``<data folder>/<name>.npz``.
 
     A picture's class is its folder's name (``Cat/0.jpg``, ``dogs/1.png``), else the word its own
-    name begins with (``cat.0.jpg``); other files are left alone. Pictures become RGB, of several
-    frames the first, and ``size`` × ``size`` pixels by the nearest one. Returns the file written,
-    and a line for every picture that could not be read and was skipped.
+    name begins with (``cat.0.jpg``); other and hidden files are left alone. Pictures become RGB
+    (:func:`as_viewed`), of several frames the first, and ``size`` × ``size`` pixels by the nearest
+    one. Returns the file written, and a line for every picture that was skipped, since it could not
+    be read or its pixels are another one's.
     Raises :class:`DataError` when there is nothing of one class, or an archive's entry climbs out.
     """
     path = Path(path)
     names, opened = _files(path)
     found = [(entry, kind) for entry in names if (kind := _class(entry)) is not None]
-    if not found and any(entry.endswith(".zip") for entry in names):
-        inner = next(entry for entry in names if entry.endswith(".zip"))
-        raise DataError(f"{path} was not imported: unpack its {inner} first, and give that")
+    inner = [entry for entry in names if entry.lower().endswith(".zip")]
+    if inner and not found:  # as Kaggle packs: one archive of two, and the second has no classes
+        held = [sum(_class(one) is not None for one in _listed(opened(entry))) for entry in inner]
+        best = inner[held.index(max(held))]
+        raise DataError(f"{path} was not imported: unpack its {best} first, and give that")
 
     def decode(i):
         from PIL import Image
@@ -120,11 +128,32 @@ def pets(name: str, size: int) -> tuple[Path, list[str]]:
         return _write(name, name, size, called, both.__getitem__)
 
 
+def as_viewed(picture: "Image.Image") -> "Image.Image":  # noqa: F821
+    """A picture as viewers show it: 8 bits, RGB, upright (EXIF), white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode[0] == "I":  # 16 bits, which Pillow would cut off at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
 def _class(entry: str) -> int | None:
-    """0 for a cat's file, 1 for a dog's, None for any other."""
-    path = PurePosixPath(entry.lower())
+    """0 for a cat's file, 1 for a dog's, None for any other, or one that is hidden."""
+    path = PurePosixPath(entry.lower().replace("\\", "/"))  # some programs pack so on Windows
     words = [path.parent.name.removesuffix("s"), *re.findall(r"^[a-z]+", path.name)]
+    words *= not HIDDEN.search(str(path))
     return next((CLASSES.index(word) for word in words if word in CLASSES), None)
+
+
+def _listed(file) -> list[str]:
+    """What an archive holds; nothing where it cannot be read."""
+    with suppress(Exception):  # a damaged one can make zipfile raise nearly anything
+        return zipfile.ZipFile(file).namelist()
+    return []
 
 
 def _files(path: Path) -> tuple[list[str], Callable]:
@@ -152,7 +181,7 @@ def _write(name, source, size, called, decode) -> tuple[Path, list[str]]:
 
     ``called`` are their names; ``decode(i)`` returns the i-th of them and its label.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
     from tqdm.contrib.concurrent import thread_map
 
     images = np.empty((len(called), size, size, 3), np.uint8)
@@ -161,20 +190,28 @@ def _write(name, source, size, called, decode) -> tuple[Path, list[str]]:
     def one(i):
         try:
             picture, labels[i] = decode(i)
-            small = picture.convert("RGB").resize((size, size), Image.Resampling.NEAREST)
-            images[i] = np.asarray(small)
+            seen = as_viewed(picture)
+            images[i] = np.asarray(seen.resize((size, size), Image.Resampling.NEAREST))
+        except UnidentifiedImageError:
+            return f"{called[i]}: no picture that can be read"
         except Exception as error:  # a broken file can make Pillow raise nearly anything
             return f"{called[i]}: {str(error) or type(error).__name__}"
 
     reasons = thread_map(one, range(len(called)), unit="picture")
+    first = {}  # by content: a copy of a picture could come into another part of the split
+    for i in range(len(called)):
+        same = i if reasons[i] else first.setdefault(hashlib.sha256(images[i]).digest(), i)
+        if same != i:
+            reasons[i] = f"{called[i]}: the same picture as {called[same]}"
     skipped = [reason for reason in reasons if reason]
-    good = np.array([reason is None for reason in reasons], bool)
-    counts = np.bincount(labels[good], minlength=2)
+    for k, i in enumerate(first.values()):  # in place: a copy would take as much memory again
+        images[k], labels[k] = images[i], labels[i]
+    images, labels = images[: len(first)], labels[: len(first)]
+    counts = np.bincount(labels, minlength=2)
     if not counts.all():
         text = " and ".join(f"{n} of class {c!r}" for n, c in zip(counts, CLASSES, strict=True))
         unread = f"; {len(skipped)} could not be read, first {skipped[0]}" if skipped else ""
         raise DataError(f"{source} was not imported: it has {text}, and both are needed{unread}")
-    images, labels = (images, labels) if good.all() else (images[good], labels[good])
     path = data.folder() / f"{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     files.sweep(path.parent)

@@ -54,8 +54,7 @@ def read(path: Path) -> dict | None:
 
 def published(study: str) -> list[dict]:
     """The contents of a study's published records."""
-    found = map(read, sorted((published_folder() / study).glob("*.json")))
-    return [content for content in found if content]
+    return [c for c in map(read, sorted((published_folder() / study).glob("*.json"))) if c]
 
 
 def publish(study: str, scales: Iterable[str] = ("laptop", "paper")) -> list[Path]:
@@ -160,9 +159,8 @@ def source_hash(function: Callable) -> str:
     Covers the function, and whatever it and what it reaches call by name: functions and constants
     of its own module (a notebook), and definitions of the rooms that decide what a training does.
     So a room can grow without touching the hash of runs that do not use what is new. Rooms that
-    make data (``WHOLE_ROOMS``) count whole where they are named. Whether a room lies in the package
-    or beside it does not count. What the notebook defines only after the function is not seen: a
-    test holds that no run needs it.
+    make data (``WHOLE_ROOMS``) count whole where they are named. What the notebook defines only
+    after the function is not seen: a test holds that no run needs it.
     """
     reached, waiting = {}, [(_definition(function), function.__globals__)]
     rooms = {}
@@ -227,32 +225,18 @@ def _shape(part) -> str:
 
 
 def _plain(tree: ast.AST) -> ast.AST:
-    """The tree without docstrings, its imports as if all our rooms lay side by side."""
+    """The tree without docstrings, and as if the package's rooms lay beside the others.
+
+    So they did when runs that are still shown were published.
+    """
     for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            node.module = node.module.replace(f".{PACKAGE}", "")
         if isinstance(body := getattr(node, "body", None), list):
             match body:
                 case [ast.Expr(ast.Constant(str())), _, *_]:
                     body.pop(0)
-            _side_by_side(body)
     return tree
-
-
-def _side_by_side(body: list) -> None:
-    """Import from the package as from kdutils, in the one order that ruff gives such imports.
-
-    Runs were published before the package was made; blocks without it stay as they are.
-    """
-    imports = [node for node in body if isinstance(node, ast.ImportFrom) and node.module]
-    ours = [node for node in imports if node.module.startswith("kdutils")]
-    if any(PACKAGE in node.module for node in ours):
-        at, named = body.index(ours[0]), {}
-        for node in ours:
-            named.setdefault(node.module.replace(f".{PACKAGE}", ""), []).extend(node.names)
-        ordered = (
-            (module, sorted(named[module], key=lambda n: n.name)) for module in sorted(named)
-        )
-        merged = [ast.ImportFrom(module, names, 0) for module, names in ordered]
-        body[:] = [*body[:at], *merged, *(node for node in body[at:] if node not in ours)]
 
 
 def commit() -> str:

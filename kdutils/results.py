@@ -164,17 +164,3 @@ def chosen(held: Mapping[str, Found], test: Mapping[str, Found]) -> tuple[Found,
     values = {seed: test[name].values[seed] for seed, name in names.items()}
     sources = {seed: test[name].sources[seed] for seed, name in names.items()}
     return Found(pd.Series(values), sources), names
-
-
-def three_accuracies(frame: pd.DataFrame, **chosen) -> pd.Series:
-    """Mean over runs of test accuracy: last epoch, chosen on held-out pictures, best on test."""
-    rows = rows_of(frame, **chosen)
-    found = [
-        {
-            "last epoch": run.test_accuracy.iloc[-1],
-            "chosen on held-out": run.test_accuracy.loc[run.validation_accuracy.idxmax()],
-            "best on test (optimistic)": run.test_accuracy.max(),
-        }
-        for _, run in rows.sort_values("epoch").groupby("key")
-    ]
-    return pd.DataFrame(found).mean()

@@ -262,15 +262,9 @@ class RunFunction:
                 path.unlink()
         files.write(begun_with, text)
         started, begun = time.perf_counter(), datetime.now(UTC)
-        content = {
-            "study": self.study.name,
-            "run": self.name,
-            "version": self.version,
-            "key": self.key(arguments),
-            "scale": self.study.scale,
-            "arguments": bound,
-            "status": "done",
-        }
+        content = {"study": self.study.name, "run": self.name, "version": self.version}
+        content |= {"key": self.key(arguments), "scale": self.study.scale, "arguments": bound}
+        content["status"] = "done"
         try:
             results = self.function(Run(folder), **bound)
             floats = ((k, v) for k, v in results.items() if isinstance(v, float))

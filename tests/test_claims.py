@@ -315,12 +315,6 @@ def test_the_chosen_one_is_best_held_out_in_the_other_seeds():
     assert results.chosen({"x": found(1), "y": found(1)}, test) == (results.NOTHING, {})
 
 
-def test_three_accuracies():
-    found = results.three_accuracies(frame(), network="a")
-    expected = [(0.8 + 0.9) / 2, (0.7 + 0.9) / 2, (0.8 + 0.9) / 2]
-    assert found.tolist() == pytest.approx(expected)
-
-
 # -------------------------------------------------------------------------- a stranger's check
 
 

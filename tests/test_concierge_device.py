@@ -4,14 +4,16 @@ import json
 import sqlite3
 import subprocess
 import sys
+from fractions import Fraction
 from functools import partial
+from unicodedata import normalize
 
 import numpy as np
 import pytest
-from test_recordings import film
+from test_recordings import film, turned
 
 from kdutils import files, notebooks
-from kdutils.concierge import program, scenes
+from kdutils.concierge import program, recordings, scenes
 from kdutils.concierge.board import EngineError
 from kdutils.concierge.program import People, Totem, TotemError
 
@@ -151,6 +153,21 @@ def test_what_is_forgotten_leaves_no_bytes(tmp_path):
     assert embedding[::-1].tobytes()[:32] in content
 
 
+def test_a_name_in_two_spellings_is_one(tmp_path):
+    """Some keyboards send ë as one letter, some as an e and a mark."""
+    one, other = (normalize(form, "Zoë") for form in ("NFC", "NFD"))
+    with People.opened(tmp_path / "p.sqlite3", new=True) as people:
+        people.add(other, np.ones(4, "<f4"), "m")
+        with pytest.raises(TotemError, match="is enrolled already"):
+            people.add(one, np.ones(4, "<f4"), "m")
+        assert people.names() == [one]
+        people.remove(other)
+        row = (other, b"", "m")  # as an earlier version of the program kept it
+        people.database.execute("INSERT INTO people VALUES (?, ?, ?)", row)
+        people.remove(one)
+        assert people.names() == []
+
+
 def test_the_nearest_enrolled_person_is_taken_and_a_stranger_refused():
     gallery = np.eye(3)[:2]
     assert program.recognised(np.array([0.6, 0.8, 0]), ["a", "b"], gallery, 0.7) == ("b", 0.8)
@@ -180,6 +197,46 @@ def test_a_clip_has_every_so_many_th_frame(videos):
     ((half, frames),) = program.clips(str(videos[0]), 4, 32, 2)
     assert len(frames) == 8
     np.testing.assert_array_equal(half, np.concatenate([whole, rest])[::2])
+
+
+def test_a_telephones_film_is_seen_and_drawn_upright(tmp_path):
+    pictures, _ = scenes.clip(3, 2, seed=0, index=0, frames=4, size=64)
+    film(tmp_path / "lying.mp4", np.ascontiguousarray(np.rot90(pictures, axes=(1, 2))))
+    turned(tmp_path / "lying.mp4", 90)
+    ((clip, frames),) = program.clips(str(tmp_path / "lying.mp4"), 4, 64)
+    assert np.abs(clip.astype(int) - pictures).mean() < 12  # the codec's loss
+    with program.film(tmp_path / "seen.mp4") as add:
+        add(frames, np.array([0.5, 0.5, 0.9, 0.9]), "")
+    ((seen, _),) = program.clips(str(tmp_path / "seen.mp4"), 4, 64)
+    assert np.abs(seen[:, 8:-8, 8:-8].astype(int) - pictures[:, 8:-8, 8:-8]).mean() < 12
+
+
+@pytest.mark.parametrize("rate", [10, 30, Fraction(30_000, 1001)])
+def test_an_annotated_film_plays_as_fast_as_its_source(tmp_path, rate):
+    film(tmp_path / "a.mp4", np.zeros((20, 32, 32, 3), np.uint8), rate=rate)
+    with program.film(tmp_path / "seen.mp4") as add:
+        for _, frames in program.clips(str(tmp_path / "a.mp4"), 4, 32):
+            add(frames, np.full(4, 0.5), "")
+    times = [[f.time for f in recordings.video(str(tmp_path / n))] for n in ("a.mp4", "seen.mp4")]
+    np.testing.assert_allclose(*times, atol=1e-3)
+    assert len(times[1]) == 20
+
+
+def test_sigterm_ends_recognising_and_the_film_can_be_played(model, tmp_path):
+    pictures, _ = scenes.clip(3, 2, seed=0, index=0, frames=4, size=64)
+    film(tmp_path / "long.mp4", np.concatenate([pictures] * 2000))
+    words = ["recognise", tmp_path / "long.mp4", "--model", model, "--every", 1]
+    words += ["--database", tmp_path / "p.sqlite3", "--video", tmp_path / "seen.mp4"]
+    command = [sys.executable, "-c", PROGRAM, "concierge", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lines = [json.loads(process.stdout.readline()) for _ in range(3)]
+    process.terminate()
+    rest, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert b"Traceback" not in said
+    count = len(lines) + len(rest.splitlines())
+    assert count < 2000, "it was not stopped"
+    assert len(list(recordings.video(str(tmp_path / "seen.mp4")))) in (4 * count, 4 * count - 4)
 
 
 def damaged_model(folder, model, how):
@@ -322,6 +379,10 @@ def test_people_enrolled_with_another_model_are_not_compared(tmp_path):
         (["recognise", "a.mp4", "--video", "a.mp4"], "--video would overwrite a.mp4"),
         (["enrol", "Ada", "missing.mp4"], "missing.mp4 cannot be read"),
         (["recognise", "missing.mp4"], "missing.mp4 cannot be read"),
+        (["recognise", "./12:30.mp4"], "./12:30.mp4 cannot be read ([Errno 2] No such"),
+        (["recognise", "a.mp4", "--video", "b.webm"], "b.webm cannot be written"),
+        (["recognise", "a.mp4", "--video", "no/b.mp4"], "no/b.mp4 cannot be written"),
+        (["recognise", "a.mp4", "--video", "b"], "b cannot be written"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_sentence(words, sentence, model, tmp_path):

@@ -100,6 +100,105 @@ def test_grey_cmyk_and_palettes_become_rgb(folder, mode):
     np.testing.assert_array_equal(found, np.asarray(expected))
 
 
+def last_of(folder, count) -> np.ndarray:
+    """The last of a folder's pictures, 16 × 16, where all ``count`` of them were read."""
+    _, skipped = pictures.collect("dogs-vs-cats", folder, 16)
+    pictures.pair.cache_clear()
+    found = pictures.pair("dogs-vs-cats", ("cat", "dog")).images
+    assert (skipped, len(found)) == ([], count)
+    return found[-1]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_upright_as_its_exif_mark_says(folder, orientation):
+    seen = np.asarray(drawn(5, size=(16, 16)))
+    turned = {  # what lies in the file, by the standard's names of its first row and column
+        1: seen,
+        2: seen[:, ::-1],
+        3: seen[::-1, ::-1],
+        4: seen[::-1],
+        5: seen.swapaxes(0, 1),
+        6: np.rot90(seen),
+        7: seen.swapaxes(0, 1)[::-1, ::-1],
+        8: np.rot90(seen, -1),
+    }
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(turned[orientation]))
+    (folder / "dog.9.jpg").write_bytes(encoded(stored, "PNG", exif=exif))
+    np.testing.assert_array_equal(last_of(folder, 6), seen)
+
+
+def test_sixteen_bits_are_scaled_and_not_cut_off(folder):
+    grey = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    (folder / "dog.9.png").write_bytes(encoded(Image.fromarray(grey)))
+    np.testing.assert_array_equal(last_of(folder, 6)[..., 0], np.arange(256).reshape(16, 16))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(folder, mode):
+    hidden = np.zeros((16, 16, 4), np.uint8)
+    hidden[:8] = [200, 200, 200, 255]  # the rest is black, but not shown
+    picture = Image.fromarray(hidden).convert(mode)
+    options = {"transparency": picture.getpixel((0, 15))} if mode == "P" else {}
+    (folder / "dog.9.png").write_bytes(encoded(picture, **options))
+    found = last_of(folder, 6)
+    assert np.abs(found[:8].astype(int) - 200).max() <= 3  # a palette's own colours
+    assert (found[8:] == 255).all()
+
+
+def test_hidden_files_and_those_of_systems_are_no_pictures(folder):
+    for name in (".DS_Store", "Thumbs.db", "cat/Thumbs.db", ".ipynb_checkpoints/cat.7.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(encoded(drawn(7)))
+    (folder / ".Trash-1000" / "cat").mkdir(parents=True)
+    (folder / ".Trash-1000" / "cat" / "8.png").write_bytes(encoded(drawn(8)))
+    last_of(folder, 5)
+
+
+def test_of_equal_pictures_one_is_kept_and_the_others_are_named(folder):
+    """Else one could come into training and test."""
+    (folder / "dog.7.png").write_bytes(encoded(drawn(10)))  # as dog.0
+    (folder / "dog.8.bmp").write_bytes(encoded(drawn(0), "BMP"))  # as cat.0
+    _, skipped = pictures.collect("dogs-vs-cats", folder, 16)
+    assert skipped == [
+        "dog.7.png: the same picture as dog.0.png",
+        "dog.8.bmp: the same picture as cat.0.png",
+    ]
+    assert len(pictures.pair("dogs-vs-cats", ("cat", "dog")).images) == 5
+
+
+def test_an_archive_packed_on_windows_has_the_same_pictures(folder, tmp_path):
+    expected = last_of(folder, 5)
+    with zipfile.ZipFile(tmp_path / "k.zip", "w") as archive:
+        for file in sorted(folder.iterdir()):
+            archive.writestr(f"train\\{file.name}", file.read_bytes())
+    np.testing.assert_array_equal(last_of(tmp_path / "k.zip", 5), expected)
+
+
+def test_of_kaggles_archive_in_archives_the_one_with_classes_is_named(folder, tmp_path):
+    train = zipped(folder, tmp_path / "train.zip")
+    with zipfile.ZipFile(tmp_path / "test1.zip", "w") as archive:
+        archive.writestr("test1/1.jpg", encoded(drawn(1)))
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for inner in (tmp_path / "test1.zip", train):
+            archive.write(inner, inner.name)
+        archive.writestr("broken.zip", b"PK no")
+    with pytest.raises(data.DataError, match=r"all\.zip was not imported: unpack its train\.zip"):
+        pictures.collect("dogs-vs-cats", tmp_path / "all.zip", 16)
+
+
+def test_a_broken_picture_costs_no_second_copy_of_all(folder, monkeypatch):
+    (folder / "cat.1.png").write_bytes(b"")
+    made, empty = [], np.empty
+    monkeypatch.setattr(np, "empty", lambda *a, **k: made.append(empty(*a, **k)) or made[-1])
+    monkeypatch.setattr(np, "savez", lambda _, **arrays: made.append(arrays["x_all"]) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pictures.collect("dogs-vs-cats", folder, 16)
+    (whole,) = [array for array in made[:-1] if array.shape == (5, 16, 16, 3)]
+    assert np.shares_memory(whole, made[-1])
+
+
 def test_of_an_animation_the_first_frame_counts(folder):
     frames = [drawn(i, "P") for i in (4, 5)]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -134,6 +233,7 @@ def test_what_is_no_picture_is_named_counted_and_skipped(folder, tmp_path, case,
     path, skipped = pictures.collect("dogs-vs-cats", source, 16)
     (line,) = skipped
     assert "cat.1.png: " in line
+    assert "BytesIO" not in line
     assert "\n" not in line
     assert pictures.pair("dogs-vs-cats", ("cat", "dog")).labels.tolist() == [0, 0, 1, 1]
     with np.load(path) as arrays:

@@ -2,7 +2,10 @@
 
 import csv
 import shutil
+import struct
+import weakref
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -201,6 +204,24 @@ def short(path, rows):
         (path / "clips" / "Jan" / "c1" / f"frame_{f}.png").unlink()
 
 
+def renamed(path, rows):
+    for f in range(4):
+        frame = path / "clips" / "Jan" / "c1" / f"frame_{f}.png"
+        if frame.exists():
+            frame.rename(frame.with_name(f"IMG_{f}.png"))
+
+
+def sound_alone(path, rows):
+    av = pytest.importorskip("av", reason="PyAV is in the extra 'edge'")
+    with av.open(str(path / "clips" / "Jan" / "c1.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        tone = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        tone.sample_rate = 8000
+        container.mux(stream.encode(tone))
+        container.mux(stream.encode())
+    change(clip="Jan/c1.mp4")(path, rows)
+
+
 def one_clip(path, rows):
     write(path, [r for r in rows if r["clip"] not in ("Jan/c1", "Jan/c2")])
 
@@ -266,7 +287,12 @@ FAULTS = {
     "absent": (change(clip="Jan/c9"), r"line 6, clip 'Jan/c9': .* and lie in .*clips"),
     "too deep": (change(clip="Jan"), r"line 6, .*clip is 'Jan'; it must be <identity>/<clip>"),
     "unreadable": (unreadable, r"line 6, clip 'Jan/c1': .*frame_2\.png cannot be read"),
-    "short": (short, r"line 6, clip 'Jan/c1': .*it has 1 frames, and 2 are asked for"),
+    "short": (
+        short,
+        r"line 6, clip 'Jan/c1': .*it has 1 frames \(frame_\*\.png, .*, and 2 are asked for",
+    ),
+    "a camera's names": (renamed, r"line 6, .*it has 0 frames \(frame_\*\.png, .* are asked for"),
+    "sound alone": (sound_alone, r"line 6, .*c1\.mp4 cannot be read \(it holds no pictures\)"),
     "one clip": (one_clip, r"'Jan/c0': number of clips is 1; a registered person needs 3"),
     "no strangers": (no_strangers, r"has 2 registered people and 0 others; 2 of each"),
     "not UTF-8": (not_utf8, r"labels\.csv was not read .*; it must be UTF-8"),
@@ -310,6 +336,89 @@ def test_a_video_file_is_a_clip_and_a_broken_one_is_named(tmp_path):
     (tmp_path / "clips" / "Jan" / "c1.mp4").write_bytes(b"no video at all")
     with pytest.raises(DataError, match=r"line 6, clip 'Jan/c1\.mp4': .*c1\.mp4 cannot be read"):
         read(tmp_path)
+
+
+QUARTERS = {  # the matrix of a film's header, of how it is to be turned clockwise
+    0: (1, 0, 0, 1),
+    90: (0, 1, -1, 0),
+    180: (-1, 0, 0, -1),
+    270: (0, -1, 1, 0),
+}
+
+
+def turned(path, degrees):
+    """Write into an MP4 file that players turn it: as telephones do, which store it as it came."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"tkhd") + 44
+    a, b, c, d = (65536 * v for v in QUARTERS[degrees])
+    content[at : at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("degrees", QUARTERS)
+def test_a_film_is_read_upright_as_players_show_it(tmp_path, degrees):
+    rows, (pictures, _) = folder(tmp_path), scenes.clip(3, 2, seed=0, index=0, frames=4, size=64)
+    path = tmp_path / "clips" / "Jan" / "c1.mp4"
+    film(path, np.ascontiguousarray(np.rot90(pictures, degrees // 90, axes=(1, 2))))
+    turned(path, degrees)
+    rows[4]["clip"] = "Jan/c1.mp4"
+    write(tmp_path, rows)
+    found = recordings.read_folder(tmp_path, frames=2, size=64)
+    whole = np.concatenate([part.clips for part in found[:3]])
+    nearest = min(np.abs(clip[..., 3:].astype(int) - pictures[3]).mean() for clip in whole)
+    assert nearest < 12  # the codec's loss
+
+
+def test_a_long_film_is_never_in_memory_whole(tmp_path, monkeypatch):
+    folder(tmp_path)
+    film(tmp_path / "long.mp4", np.zeros((60, 32, 32, 3), np.uint8))
+    alive, most, plain = weakref.WeakSet(), [0], recordings.video
+
+    class Held:  # a frame itself cannot be watched
+        def __init__(self, frame):
+            self.frame = frame
+            alive.add(self)
+
+        def __getattr__(self, name):
+            return getattr(self.frame, name)
+
+    def counted(source):
+        for held in map(Held, plain(source)):
+            most[0] = max(most[0], len(alive))
+            yield held
+            del held
+
+    monkeypatch.setattr(recordings, "video", counted)
+    assert recordings._frames(tmp_path / "long.mp4", "here", 8, 16).shape == (8, 16, 16, 3)
+    assert most[0] <= 3
+
+
+def test_frames_are_in_the_order_of_their_numbers(tmp_path):
+    for k in range(1, 13):
+        grey = Image.fromarray(np.full((16, 16, 3), 20 * k, np.uint8))
+        grey.save(tmp_path / f"frame_{k}.png")
+    found = recordings._frames(tmp_path, "here", 12, 16)
+    assert found[:, 0, 0, 0].tolist() == [20 * k for k in range(1, 13)]
+
+
+@pytest.mark.parametrize(("on_disk", "in_table"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_one_name_in_two_spellings_is_one_person(tmp_path, on_disk, in_table):
+    rows = folder(tmp_path)
+    (tmp_path / "clips" / "Jan").rename(tmp_path / "clips" / normalize(on_disk, "Zoë"))
+    for k, row in enumerate(rows):
+        form = in_table if k % 2 else on_disk
+        row["clip"] = row["clip"].replace("Jan", normalize(form, "Zoë"))
+    write(tmp_path, rows)
+    assert read(tmp_path).known == 2
+
+
+def test_a_field_may_hold_any_letter_that_is_no_line_end(tmp_path):
+    rows = folder(tmp_path)
+    odd = "c\u2028one\x85"
+    (tmp_path / "clips" / "Jan" / "c1").rename(tmp_path / "clips" / "Jan" / odd)
+    rows[4]["clip"] = f"Jan/{odd}"
+    write(tmp_path, rows)
+    assert read(tmp_path).known == 2
 
 
 # Real faces

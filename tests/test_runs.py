@@ -502,23 +502,12 @@ def test_source_hash_ignores_comments_and_docstrings_but_no_code(tmp_path):
 
 
 def test_source_hash_does_not_count_in_which_folder_of_ours_a_room_lies(tmp_path):
-    def run(*imports):
-        lines = "".join(f"    {line}\n" for line in imports)
-        return _hash(tmp_path, f"def f(run):\n{lines}    return recordings\n")
+    def run(line):
+        return _hash(tmp_path, f"def f(run):\n    {line}\n    return timed\n")
 
-    beside = run("from kdutils import data, recordings, train", "from kdutils.board import timed")
-    inside = run(
-        "from kdutils import data, train",
-        "from kdutils.concierge import recordings",
-        "from kdutils.concierge.board import timed",
-    )
-    assert inside == beside
-    assert inside != run("from kdutils import data", "from kdutils.concierge import recordings")
-    assert inside != run(
-        "from kdutils import data, train",
-        "from kdutils.concierge import recordings",
-        "from kdutils.concierge.board import measured",
-    )
+    inside = run("from kdutils.concierge.board import timed")
+    assert inside == run("from kdutils.board import timed")
+    assert inside != run("from kdutils.concierge.board import measured as timed")
 
 
 def test_source_hash_counts_what_is_called_and_read_and_nothing_that_looks_like_it(tmp_path):

@@ -6,12 +6,16 @@ know how networks are trained.
 """
 
 import json
+import signal
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Annotated
+from unicodedata import normalize
 
 import numpy as np
 import typer
@@ -64,11 +68,8 @@ class Totem:
         out = self._look(np.ascontiguousarray(values))[0]
         logits = out[self.heads["emotion"]]
         powers = np.exp(logits - logits.max())
-        return {
-            "probabilities": powers / powers.sum(),
-            "box": out[self.heads["face"]],
-            "embedding": _unit(out[self.heads["embedding"]]),
-        }
+        found = {"probabilities": powers / powers.sum(), "box": out[self.heads["face"]]}
+        return found | {"embedding": _unit(out[self.heads["embedding"]])}
 
 
 def _unit(values: np.ndarray) -> np.ndarray:
@@ -96,6 +97,7 @@ class People:
         try:
             with closing(sqlite3.connect(path)) as database:
                 database.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
+                database.create_function("nfc", 1, partial(normalize, "NFC"))  # one spelling of ë
                 (state,) = database.execute("PRAGMA quick_check").fetchone()
                 database.execute(f"CREATE TABLE IF NOT EXISTS {cls.TABLE}")
                 columns = [column[1] for column in database.execute("PRAGMA table_info(people)")]
@@ -114,14 +116,15 @@ class People:
         row = (name, embedding.astype("<f4").tobytes(), model)
         try:
             with self.database:
-                self.database.execute("INSERT INTO people VALUES (?, ?, ?)", row)
+                self.database.execute("INSERT INTO people VALUES (nfc(?), ?, ?)", row)
         except sqlite3.IntegrityError:
             raise TotemError(f"{name!r} is enrolled already; forget {name!r} first") from None
 
     def remove(self, name: str) -> None:
         """Remove a person's data; what the file held of it is overwritten."""
         with self.database:
-            gone = self.database.execute("DELETE FROM people WHERE name = ?", (name,)).rowcount
+            one = "DELETE FROM people WHERE nfc(name) = nfc(?)"
+            gone = self.database.execute(one, (name,)).rowcount
         if not gone:
             raise TotemError(f"{name!r} is not enrolled in {self.path}")
         self.database.execute("VACUUM")
@@ -166,8 +169,8 @@ def clips(source: str, frames: int, size: int, every: int = 1) -> Iterator[tuple
         for frame in recordings.video(source):
             held.append(frame)
             if len(held) == frames * every:
-                pictures = [recordings.squashed(one.to_image(), size) for one in held[::every]]
-                yield np.stack(pictures), held
+                pictures = map(recordings.upright, held[::every])
+                yield np.stack([recordings.squashed(one, size) for one in pictures]), held
                 held, any_yet = [], True
     except Exception as error:  # whatever PyAV raises
         raise TotemError(f"{source} cannot be read ({error})") from None
@@ -179,21 +182,23 @@ def clips(source: str, frames: int, size: int, every: int = 1) -> Iterator[tuple
 def film(path: Path) -> Iterator[Callable]:
     """A function that adds frames to a video file, with a box and a text drawn in.
 
-    ``box`` is cx, cy, w, h in shares of the picture. Raises :class:`TotemError` where the file
+    It plays as fast as where the frames are from. ``box`` is cx, cy, w, h in shares of the picture.
+    Raises :class:`TotemError` where the file
     cannot be written.
     """
     import av
     from PIL import ImageDraw
 
     try:
-        container = av.open(str(path), "w")
+        path.parent.stat()  # a folder that is not there would be noticed at the first frame
+        container = av.open(f"file:{path}", "w")
         stream = container.add_stream("mpeg4", rate=25, pix_fmt="yuv420p")
     except (av.FFmpegError, ValueError, OSError) as error:
         raise TotemError(f"{path} cannot be written ({error})") from None
 
     def add(frames: list, box, text: str) -> None:
         for frame in frames:
-            picture = frame.to_image()
+            picture = recordings.upright(frame)
             cx, cy, w, h = (box * np.array(picture.size * 2)).tolist()
             drawing = ImageDraw.Draw(picture)
             corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
@@ -201,6 +206,8 @@ def film(path: Path) -> Iterator[Callable]:
             drawing.text((4, 4), text, fill=(0, 255, 0))
             if not stream.codec_context.is_open:
                 stream.width, stream.height = picture.size
+                lasted = (frames[-1].time - frames[0].time) / (len(frames) - 1)  # each of them
+                stream.codec_context.time_base = Fraction(lasted).limit_denominator(30_000)
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
 
     with container:
@@ -248,11 +255,8 @@ def enrol(
         count = len(people.names())
     print(f"{name} is enrolled from {len(seen)} clips")
     if 0 < totem.people < count:
-        typer.echo(
-            f"The rate at which strangers are let in was set with {totem.people} people enrolled; "
-            f"with {count} it is higher.",
-            err=True,
-        )
+        rate = f"The rate at which strangers are let in was set with {totem.people} people enrolled"
+        typer.echo(f"{rate}; with {count} it is higher.", err=True)
 
 
 @app.command("recognise")
@@ -276,7 +280,8 @@ def recognise(
             names, gallery = people.gallery(totem.identity, width)
     if not names:
         typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
-    # Ctrl-C is how a camera's run ends.
+    # Ctrl-C is how a camera's run ends, or a service's SIGTERM; the film is closed all the same.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with film(video) if video else nullcontext() as add, suppress(KeyboardInterrupt):
         started = time.perf_counter()
         for number, (clip, frames) in enumerate(clips(source, totem.frames, totem.size, every)):

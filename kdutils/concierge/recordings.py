@@ -5,10 +5,12 @@ Knows files and batches of clips; knows no networks and no losses.
 
 import hashlib
 import os
+import re
 import tempfile
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from kdutils import data, files
 from kdutils.concierge import scenes
 from kdutils.concierge.scenes import EMOTIONS
 from kdutils.data import DataError
+from kdutils.pictures import as_viewed
 
 BOX = ("cx", "cy", "w", "h")
 COLUMNS = ("clip", "emotion", *BOX, "registered")
@@ -76,13 +79,7 @@ def side_by_side(clips: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def drawn(
-    *,
-    registered: int,
-    others: int,
-    strangers: tuple[int, int],
-    clips: tuple[int, int, int],
-    seed: int,
-    **options,
+    *, registered: int, others: int, strangers: tuple, clips: tuple, seed: int, **options
 ) -> Recordings:
     """Talking scenes, drawn once and kept as one file in the folder of datasets.
 
@@ -129,13 +126,10 @@ def _draw(registered, known, strangers, clips, seed, options, jobs) -> Recording
         unknown = range(first, first + count)
         return part((range(registered), n - n // 2), (unknown, n // 2))
 
-    return Recordings(
-        part((range(known), clips[0])),
-        held(clips[1], known, strangers[0]),
-        held(clips[2], known + strangers[0], strangers[1]),
-        registered,
-        known,
-    )
+    train = part((range(known), clips[0]))  # in this order, since each takes the next seeds
+    validation = held(clips[1], known, strangers[0])
+    test = held(clips[2], known + strangers[0], strangers[1])
+    return Recordings(train, validation, test, registered, known)
 
 
 class Batch(NamedTuple):
@@ -228,13 +222,9 @@ def read_folder(path: Path, *, frames: int, size: int) -> Recordings:
     ordered = rows.sort_values(["registered", "identity"], ascending=[False, True])
     people = pd.Index(ordered.identity.unique()).get_indexer(rows.identity)
     clips = [_frames(row.file, row.where, frames, size) for row in rows.itertuples()]
-    whole = Part(
-        side_by_side(np.stack(clips)),
-        rows[list(BOX)].astype(float).to_numpy(np.float32),
-        pd.Index(EMOTIONS).get_indexer(rows.emotion),
-        people,
-        people < users,
-    )
+    boxes, emotions = rows[list(BOX)].astype(float), pd.Index(EMOTIONS).get_indexer(rows.emotion)
+    labels = boxes.to_numpy(np.float32), emotions, people, people < users
+    whole = Part(side_by_side(np.stack(clips)), *labels)
     parts = np.where(people < users, 0, 1 + (people - users) % 2)
     for i in range(users):
         own = np.flatnonzero(people == i)
@@ -261,7 +251,8 @@ def _table(path: Path) -> "pd.DataFrame":  # noqa: F821
     rows = rows.dropna(how="all").fillna("")
     lines = zip(rows.index + 2, rows["clip"], strict=True)
     rows["where"] = [f"{table}, line {number}, clip {clip!r}" for number, clip in lines]
-    rows["identity"] = [PureWindowsPath(clip).parent.name for clip in rows["clip"]]
+    names = [PureWindowsPath(clip).parent.name for clip in rows["clip"]]
+    rows["identity"] = [normalize("NFC", name) for name in names]
     rows["file"] = [_file(places, clip) for clip in rows["clip"]]
     rows["box"] = rows[list(BOX)].to_numpy().tolist()
     of_one = rows.groupby("identity").registered
@@ -292,9 +283,11 @@ def _table(path: Path) -> "pd.DataFrame":  # noqa: F821
 def _file(places: Path, clip: str) -> Path | None:
     """Where the clip ``<identity>/<clip>`` lies; None where that is not in these places."""
     parts = PureWindowsPath(clip).parts  # knows both kinds of slashes
-    file = places.joinpath(*parts).resolve()
-    inside = len(parts) == 2 and file.is_relative_to(places.resolve())
-    return file if inside and file.exists() else None
+    for form in ("NFC", "NFD"):  # two spellings of one letter, and each system has its own
+        file = places.joinpath(*(normalize(form, part) for part in parts)).resolve()
+        if len(parts) == 2 and file.is_relative_to(places.resolve()) and file.exists():
+            return file
+    return None
 
 
 def _is_box(texts: list[str]) -> bool:
@@ -314,25 +307,37 @@ def _frames(file: Path, where: str, frames: int, size: int) -> np.ndarray:
     read = file
     try:
         if file.is_dir():
-            every = [p for p in sorted(file.glob("frame_*")) if p.suffix.lower() in PICTURES]
-        else:
-            every = list(video(str(file)))
+            every = [p for p in file.glob("frame_*") if p.suffix.lower() in PICTURES]
+            every, kind = sorted(every, key=_numbered), f"frames (frame_*{', '.join(PICTURES)})"
+        else:  # counted first, so that a long film is never in memory whole
+            every, kind = [None for _ in video(str(file))], "frames"
         if len(every) < frames:
-            raise ValueError(f"it has {len(every)} frames, and {frames} are asked for")
-        out = []
-        for i in np.linspace(0, len(every) - 1, frames).round().astype(int):
-            read = every[i]
-            out.append(squashed(Image.open(read) if file.is_dir() else read.to_image(), size))
-        return np.stack(out)
+            raise ValueError(f"it has {len(every)} {kind}, and {frames} are asked for")
+        wanted = np.linspace(0, len(every) - 1, frames).round().astype(int)
+        if file.is_dir():
+            taken = (Image.open(read := every[i]) for i in wanted)
+        else:
+            taken = (upright(one) for i, one in enumerate(video(str(file))) if i in wanted)
+        return np.stack([squashed(picture, size) for picture in taken])
     except Exception as error:  # a broken file can make Pillow raise nearly anything
         raise DataError(f"{where}: {read} cannot be read ({error})") from None
+
+
+def _numbered(file: Path) -> list:
+    """A key by which ``frame_2`` comes before ``frame_10``."""
+    return [int(part) if part.isdigit() else part for part in re.split("([0-9]+)", file.name)]
 
 
 def squashed(picture, size: int) -> np.ndarray:
     """A picture as (S, S, 3) uint8: a device sees in the way in which one trains."""
     from PIL import Image
 
-    return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(as_viewed(picture).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def upright(frame: "av.VideoFrame") -> "PIL.Image.Image":  # noqa: F821
+    """A frame as a picture, turned as the film says; a telephone's often lies on its side."""
+    return frame.to_image().rotate(frame.rotation, expand=True)
 
 
 def video(source: str):
@@ -342,5 +347,8 @@ def video(source: str):
     except ImportError:
         raise ImportError("video needs PyAV: install the project's extra 'edge'") from None
     camera = source.startswith("/dev/video")
-    with av.open(source, format="v4l2" if camera else None) as container:
+    how = {"file": source, "format": "v4l2"} if camera else {"file": f"file:{source}"}
+    with av.open(**how) as container:  # else 12:30.mp4 would be a place on a network
+        if not container.streams.video:
+            raise ValueError("it holds no pictures")
         yield from container.decode(video=0)
