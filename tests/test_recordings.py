@@ -183,6 +183,13 @@ def test_a_sound_folder_is_read_whole(tmp_path):
     assert found.fingerprint() == read(tmp_path).fingerprint()
 
 
+def test_spaces_after_commas_do_no_harm(tmp_path):
+    folder(tmp_path)
+    text = (tmp_path / "labels.csv").read_text(encoding="utf-8")
+    (tmp_path / "labels.csv").write_text(text.replace(",", ", "), encoding="utf-8")
+    assert read(tmp_path).known == 2
+
+
 def change(**values):
     def made(path, rows):
         rows[4] |= values
@@ -238,6 +245,11 @@ def linked_out(path, rows):
 def not_utf8(path, rows):
     content = (path / "labels.csv").read_text(encoding="utf-8")
     (path / "labels.csv").write_bytes(content.encode("iso-8859-2"))
+
+
+def semicolons(path, rows):
+    content = (path / "labels.csv").read_text(encoding="utf-8")
+    (path / "labels.csv").write_text(content.replace(",", ";"), encoding="utf-8")
 
 
 def twice(path, rows):
@@ -296,6 +308,7 @@ FAULTS = {
     "one clip": (one_clip, r"'Jan/c0': number of clips is 1; a registered person needs 3"),
     "no strangers": (no_strangers, r"has 2 registered people and 0 others; 2 of each"),
     "not UTF-8": (not_utf8, r"labels\.csv was not read .*; it must be UTF-8"),
+    "semicolons": (semicolons, r"labels\.csv was not read .*; it must be .* separated by commas"),
     "twice": (twice, r"line 14, clip 'Jan/c1': .*it must have one line alone"),
     "a field too many": (longer, r"labels\.csv was not read .*line 6.*; it must "),
     "a field too few": (shorter, r"line 6, clip 'Jan/c1': registered is ''; it must be 0 or 1"),

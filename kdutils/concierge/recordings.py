@@ -242,11 +242,11 @@ def _table(path: Path) -> "pd.DataFrame":  # noqa: F821
 
     table, places = path / "labels.csv", path / "clips"
     options = {"dtype": str, "encoding": "utf-8-sig", "skip_blank_lines": False}
-    options |= {"na_values": "", "keep_default_na": False}
+    options |= {"na_values": "", "keep_default_na": False, "skipinitialspace": True}
     try:
         rows = pd.read_csv(table, **options).reset_index(drop=True)[list(COLUMNS)]
     except (OSError, ValueError, KeyError) as error:
-        wanted = f"it must be UTF-8 and have the columns {', '.join(COLUMNS)}"
+        wanted = f"it must be UTF-8, separated by commas, and have the columns {', '.join(COLUMNS)}"
         raise DataError(f"{table} was not read ({str(error).strip()}); {wanted}") from None
     rows = rows.dropna(how="all").fillna("")
     lines = zip(rows.index + 2, rows["clip"], strict=True)
