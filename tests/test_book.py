@@ -22,7 +22,7 @@ import pytest
 import yaml
 from axe_playwright_python.sync_playwright import Axe
 
-from kdutils import claims, notebooks
+from kdutils import claims, notebooks, records
 
 PROJECT = Path(__file__).parent.parent
 STUDY = "notebooks/3-eskd"
@@ -314,6 +314,16 @@ def test_a_number_leads_to_its_claim_and_from_there_to_its_runs(screen, address)
     screen.goto(f"{address}/book/record.html?of=vid-99")
     place.locator("input").fill(f"{name} {row['id']}")
     assert place.get_by_role("status").inner_text().startswith("1 of ")
+    lines, more = (
+        place.locator("table[aria-label='All runs'] tbody tr:visible"),
+        place.locator("button"),
+    )
+    assert (lines.count(), more.is_visible()) == (1, False)
+    place.locator("input").fill("")
+    assert (lines.count(), more.is_visible()) == (20, True)
+    more.click()
+    published = sum(len(records.published(study)) for study in notebooks.studies())
+    assert (lines.count(), more.is_visible()) == (published, False)
     assert "no claim and no published run named vid-99" in place.inner_text()
     assert screen.wrong == []
 

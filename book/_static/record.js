@@ -184,21 +184,28 @@ what is shown as one script each, so that the page works from a folder too. */
       listed.map(({ line }) => line), "All runs");
     const shown = [...drawn.querySelectorAll("tbody tr")];
     const status = make("p", { role: "status" });
+    const more = make("button", { type: "button" }, "Show all of them");
+    let most = 20; // hundreds would bury the page's end
     const filter = () => {
       const wanted = find.value.toLowerCase().split(/\s+/).filter(Boolean);
       let count = 0;
       listed.forEach(({ words }, k) => {
         const fits = wanted.every((word) => words.includes(word));
-        shown[k].hidden = !fits;
+        shown[k].hidden = !fits || count >= most;
         count += fits;
       });
-      status.textContent = `${count} of ${listed.length} runs`;
+      more.hidden = count <= most;
+      status.textContent = `${count} of ${listed.length} runs` + (more.hidden ? "" : `, the first ${most} of them here`);
     };
     find.addEventListener("input", filter);
+    more.addEventListener("click", () => {
+      most = Infinity;
+      filter();
+    });
     filter();
     const rows = Object.entries(claims).map(([id, statement]) => [[to(id)], statement]);
     return [make("h2", {}, "All claims"), table(["claim", "what is claimed"], rows, "All claims"),
-      make("h2", {}, "All runs"), make("p", {}, label, " ", find), status, drawn];
+      make("h2", {}, "All runs"), make("p", {}, label, " ", find), status, drawn, more];
   }
 
   // ------------------------------------------------------------------------- what is asked for
