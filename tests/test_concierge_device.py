@@ -1,6 +1,7 @@
 """The device's program: enrol, recognise, forget, without PyTorch; damage is named, never read."""
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
@@ -151,6 +152,20 @@ def test_what_is_forgotten_leaves_no_bytes(tmp_path):
     assert b"Ada" not in content
     assert embedding.tobytes()[:32] not in content
     assert embedding[::-1].tobytes()[:32] in content
+
+
+def test_the_database_is_its_owners_alone(tmp_path):
+    path = tmp_path / "p.sqlite3"
+    before = os.umask(0)
+    try:
+        with People.opened(path, new=True) as people:
+            people.database.execute("BEGIN")
+            people.database.execute("INSERT INTO people VALUES ('Ada', x'00', 'm')")
+            people.database.execute("PRAGMA cache_flush")
+            modes = {one.name: one.stat().st_mode & 0o777 for one in tmp_path.iterdir()}
+    finally:
+        os.umask(before)
+    assert modes == {"p.sqlite3": 0o600, "p.sqlite3-journal": 0o600}
 
 
 def test_a_name_in_two_spellings_is_one(tmp_path):

@@ -25,9 +25,7 @@ from kdutils.concierge import board, recordings
 
 HEADS = ("emotion", "face", "embedding")
 STUDENT = {"openvino": "student-int8.xml", "onnxruntime": "student.onnx"}  # which file it reads
-app = typer.Typer(
-    help="The concierge on a device: box, emotion, and who it is.", pretty_exceptions_enable=False
-)
+app = typer.Typer(help="Box, emotion, and who it is, on a device.", pretty_exceptions_enable=False)
 
 
 class TotemError(RuntimeError):
@@ -92,8 +90,10 @@ class People:
         Raises :class:`TotemError` where the file is absent, damaged, no database of ours, or cannot
         be used: locked by another program, not to be written, on a full disk.
         """
-        if not new and not path.exists():
-            raise TotemError(f"{path} does not exist: nobody is enrolled")
+        if not path.exists():
+            if not new:
+                raise TotemError(f"{path} does not exist: nobody is enrolled")
+            path.touch(0o600)  # its owner's alone, and so is SQLite's journal
         try:
             with closing(sqlite3.connect(path)) as database:
                 database.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
@@ -201,8 +201,8 @@ def film(path: Path) -> Iterator[Callable]:
             picture = recordings.upright(frame)
             cx, cy, w, h = (box * np.array(picture.size * 2)).tolist()
             drawing = ImageDraw.Draw(picture)
-            corners = [cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2]
-            drawing.rectangle(corners, outline=(0, 255, 0), width=2)
+            edges = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+            drawing.rectangle(edges, outline=(0, 255, 0), width=2)
             drawing.text((4, 4), text, fill=(0, 255, 0))
             if not stream.codec_context.is_open:
                 stream.width, stream.height = picture.size
@@ -248,10 +248,10 @@ def enrol(
 ):
     """Keep a person's embedding; of the pictures nothing is kept."""
     totem = Totem(model or newest(), engine, threads)
-    seen = [totem.look(clip) for clip, _ in clips(str(video), totem.frames, totem.size, every)]
-    embedding = _unit(np.mean([found["embedding"] for found in seen], 0))
+    looked_at = clips(str(video), totem.frames, totem.size, every)
+    seen = [totem.look(clip)["embedding"] for clip, _ in looked_at]
     with People.opened(database, new=True) as people:
-        people.add(name, embedding, totem.identity)
+        people.add(name, _unit(np.mean(seen, 0)), totem.identity)
         count = len(people.names())
     print(f"{name} is enrolled from {len(seen)} clips")
     if 0 < totem.people < count:
@@ -315,5 +315,4 @@ def forget(name: Name, database: Database = PEOPLE):
 def list_people(database: Database = PEOPLE):
     """The names of enrolled people."""
     with People.opened(database) as people:
-        for name in people.names():
-            print(name)
+        print("".join(f"{name}\n" for name in people.names()), end="")
