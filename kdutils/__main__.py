@@ -16,12 +16,8 @@ from kdutils import claims as claims_room
 from kdutils import data, notebooks, parameters, pictures, records, runs
 from kdutils.concierge import program
 
-app = typer.Typer(
-    help="Rerun the compendium's studies and read their records.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+PLAIN = {"no_args_is_help": True, "pretty_exceptions_enable": False, "add_completion": False}
+app = typer.Typer(help="Rerun the compendium's studies and read their records.", **PLAIN)
 data_app = typer.Typer(help="Datasets: which there are, where they lie, getting them.")
 app.add_typer(data_app, name="data", no_args_is_help=True)
 app.add_typer(program.app, name="concierge", no_args_is_help=True)

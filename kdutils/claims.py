@@ -144,9 +144,8 @@ def stored(study: str, scale: str, found: Mapping[str, Found | Mapping[str, Foun
         parts = found[name] if isinstance(found[name], Mapping) else {"": found[name]}
         if set(parts) != set(claim.rules):
             given, wanted = (", ".join(map(repr, sorted(x))) for x in (parts, claim.rules))
-            raise ClaimError(
-                f"claim {name}: its parts are {wanted}, but runs are given for {given}."
-            )
+            why = f"its parts are {wanted}, but runs are given for {given}"
+            raise ClaimError(f"claim {name}: {why}.")
         kept = {part: parts[part].as_dict() for part in claim.rules}
         rows.append({"id": name, "scale": scale, "parts": kept})
     return rows

@@ -38,7 +38,8 @@ def means(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
     sns.stripplot(**common, dodge=hues > 1, size=6, alpha=0.7, jitter=False, legend=False)
     # Seeds are spread over 0.8 of a category, so that is how far apart their means have to lie.
     side = {"dodge": 0.8 * (1 - 1 / hues) if hues > 1 else False, "linestyle": "none"}
-    sns.pointplot(**common, **side, errorbar=_span, capsize=0.08, markersize=7)
+    side["errorbar"] = lambda values: (interval(values).low, interval(values).high)
+    sns.pointplot(**common, **side, capsize=0.08, markersize=7)
     ax.legend(title=None, frameon=False)
     return ax
 
@@ -46,11 +47,6 @@ def means(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
 def label(ax: plt.Axes, x: str, y: str) -> None:
     """Name the axes; returns nothing, so that a cell that ends with it shows the figure alone."""
     ax.set(xlabel=x, ylabel=y)
-
-
-def _span(values) -> tuple[float, float]:
-    found = interval(values)
-    return found.low, found.high
 
 
 SIGNS = {  # a verdict's colour and marker

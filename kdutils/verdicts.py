@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, mean, stdev
 
-import pandas as pd
 import scipy  # its parts are imported when they are first used
 
 REPLICATED, SMALLER = "replicated", "replicated, smaller"
@@ -44,11 +43,6 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
         return Interval(values[0] if values else math.nan, math.nan, math.nan, n)
     half = float(scipy.stats.t.ppf((1 + confidence) / 2, n - 1)) * stdev(values) / math.sqrt(n)
     return Interval(mean(values), mean(values) - half, mean(values) + half, n)
-
-
-def paired(a: pd.Series, b: pd.Series) -> pd.Series:
-    """a − b, seed by seed; both are indexed by seed, and seeds that only one of them has drop."""
-    return (a - b).dropna()
 
 
 @dataclass(frozen=True)

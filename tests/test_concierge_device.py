@@ -88,8 +88,11 @@ def test_a_person_is_enrolled_recognised_and_forgotten_without_pytorch(model, vi
         assert line["frames_a_second"] > 0
         assert line["person"] == ("Żaneta" if line["cosine"] > 0.999 else None)
     assert len(list(program.clips(str(seen), 8, 32))) == 1  # every frame is in it
+    light("enrol", "Bo", videos[1], "--model", model, *at, *each)
+    assert json.loads(light("list", "--json", *at)) == ["Bo", "Żaneta"]
     assert light("forget", "Żaneta", *at) == "Żaneta is forgotten\n"
-    assert light("list", *at) == ""
+    assert light("forget", "--all", *at) == "Bo is forgotten\n"
+    assert light("list", *at) == light("forget", "--all", *at) == ""
     content = base.read_bytes()
     assert "Żaneta".encode() not in content
 
@@ -391,6 +394,8 @@ def test_people_enrolled_with_another_model_are_not_compared(tmp_path):
     ("words", "sentence"),
     [
         (["forget", "Nobody"], "'Nobody' is not enrolled in "),
+        (["forget"], "whom? forget takes one name, or --all"),
+        (["forget", "Ada", "--all"], "whom? forget takes one name, or --all"),
         (["recognise", "a.mp4", "--video", "a.mp4"], "--video would overwrite a.mp4"),
         (["enrol", "Ada", "missing.mp4"], "missing.mp4 cannot be read"),
         (["recognise", "missing.mp4"], "missing.mp4 cannot be read"),

@@ -3,7 +3,6 @@
 import math
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -44,12 +43,6 @@ def test_equal_values_have_an_interval_without_width(n):
     assert verdicts.interval([0.1] * n) == verdicts.Interval(0.1, 0.1, 0.1, n)
     for kind in ("above", "below"):
         assert word(kind, 0.1, [0.1] * n) == INCONCLUSIVE
-
-
-def test_paired_subtracts_by_seed_and_drops_seeds_of_only_one():
-    a = pd.Series({2: 0.9, 0: 0.5, 1: 0.7, 7: 9.0})
-    b = pd.Series({0: 0.1, 1: 0.2, 2: 0.3, 8: 9.0})
-    assert verdicts.paired(a, b).to_dict() == pytest.approx({0: 0.4, 1: 0.5, 2: 0.6})
 
 
 # -------------------------------------------------------------------------------------- words

@@ -232,13 +232,12 @@ Database = Annotated[Path, typer.Option(help="The SQLite file of enrolled people
 Engine = Annotated[str, typer.Option(help="openvino or onnxruntime; else the first there is.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the engine; 0: as it likes.")]
 Every = Annotated[int, typer.Option(min=1, help="A clip has every so many-th frame of the video.")]
-Name = Annotated[str, typer.Argument(help="The person's name.")]
 PEOPLE = Path("concierge.sqlite3")
 
 
 @app.command("enrol")
 def enrol(
-    name: Name,
+    name: Annotated[str, typer.Argument(help="The person's name.")],
     video: Annotated[Path, typer.Argument(help="A video file of this person alone.")],
     model: Model = None,
     database: Database = PEOPLE,
@@ -304,15 +303,27 @@ def recognise(
 
 
 @app.command("forget")
-def forget(name: Name, database: Database = PEOPLE):
-    """Remove a person's data."""
+def forget(
+    name: Annotated[str, typer.Argument(help="The person's name.")] = "",
+    everybody: Annotated[bool, typer.Option("--all", help="Everybody who is enrolled.")] = False,
+    database: Database = PEOPLE,
+):
+    """Remove a person's data, or that of all."""
+    if everybody == bool(name):
+        raise TotemError("whom? forget takes one name, or --all")
     with People.opened(database) as people:
-        people.remove(name)
-    print(f"{name} is forgotten")
+        for one in people.names() if everybody else [name]:
+            people.remove(one)
+            print(f"{one} is forgotten")
 
 
 @app.command("list")
-def list_people(database: Database = PEOPLE):
+def list_people(
+    as_json: Annotated[bool, typer.Option("--json", help="As a list in JSON.")] = False,
+    database: Database = PEOPLE,
+):
     """The names of enrolled people."""
     with People.opened(database) as people:
-        print("".join(f"{name}\n" for name in people.names()), end="")
+        names = people.names()
+    text = json.dumps(names, ensure_ascii=False) if as_json else "\n".join(names)
+    print(text, end="\n" * bool(text))

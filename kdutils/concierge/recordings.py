@@ -274,9 +274,8 @@ def _table(path: Path) -> "pd.DataFrame":  # noqa: F821
     rows["registered"] = rows.registered == "1"
     kinds = [rows.identity[rows.registered == kind].nunique() for kind in (True, False)]
     if min(kinds) < 2:
-        raise DataError(
-            f"{table} has {kinds[0]} registered people and {kinds[1]} others; 2 of each are needed"
-        )
+        found = f"{kinds[0]} registered people and {kinds[1]} others"
+        raise DataError(f"{table} has {found}; 2 of each are needed")
     return rows
 
 
