@@ -134,7 +134,7 @@ def as_viewed(picture: "Image.Image") -> "Image.Image":  # noqa: F821
 
     picture = ImageOps.exif_transpose(picture)
     if picture.mode[0] == "I":  # 16 bits, which Pillow would cut off at 255
-        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        picture = Image.fromarray((np.asarray(picture).clip(0, 65535) / 257 + 0.5).astype(np.uint8))
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -210,7 +210,7 @@ def _write(name, source, size, called, decode) -> tuple[Path, list[str]]:
     counts = np.bincount(labels, minlength=2)
     if not counts.all():
         text = " and ".join(f"{n} of class {c!r}" for n, c in zip(counts, CLASSES, strict=True))
-        unread = f"; {len(skipped)} could not be read, first {skipped[0]}" if skipped else ""
+        unread = f"; {len(skipped)} were skipped, first {skipped[0]}" if skipped else ""
         raise DataError(f"{source} was not imported: it has {text}, and both are needed{unread}")
     path = data.folder() / f"{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)

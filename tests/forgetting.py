@@ -3,8 +3,9 @@
     python tests/forgetting.py --sequences 1000
 
 Each step is done by a process of its own, as the device's program does it; about half of them are
-killed at a random moment. After each, the database is read as it lies there, with its journal, and
-then opened, which is when SQLite undoes what was half done.
+to be killed at a random moment. After each, the database and its journal are read as they lie
+there, for whoever was forgotten; then it is opened, which is when SQLite undoes what was half done,
+and read again, for anybody who is not enrolled.
 """
 
 import argparse
@@ -21,14 +22,18 @@ import numpy as np
 
 from kdutils.concierge.program import People, TotemError
 
-NAMES, WIDTH, STEPS = ("Ada", "Bo", "Żaneta"), 32, 8
+NAMES, WIDTH, STEPS = ("Ada Lovelace", "Boleslaw", "Żaneta"), 32, 8
 PIECE = 8  # bytes, two numbers: shorter ones would be found by chance
 
 
 def left_over(embedding: np.ndarray, folder: Path) -> str:
     """The file in which a piece of an embedding (D,) is found; empty where there is none."""
     content = embedding.astype("<f4").tobytes()
-    pieces = [content[at : at + PIECE] for at in range(0, len(content), PIECE)]
+    return holding([content[at : at + PIECE] for at in range(0, len(content), PIECE)], folder)
+
+
+def holding(pieces: list[bytes], folder: Path) -> str:
+    """The first file of a folder that holds one of these; empty where there is none."""
     for path in sorted(folder.iterdir()):
         held = path.read_bytes()
         if any(piece in held for piece in pieces):
@@ -61,33 +66,50 @@ def in_a_process(told, kill_after: float | None) -> bool:
 def sequence(folder: Path, seed: int) -> tuple[Counter, list[str]]:
     """Do one random sequence in an empty folder: what was done, and a sentence for each fault."""
     draw, path = random.Random(seed), folder / "people.sqlite3"
-    done, faults, made, known = Counter(), [], [], {}  # known: as the last command left it
+    done, faults, made, gone, known = Counter(), [], [], [], {}
     for at in range(STEPS):
         name = draw.choice(NAMES)
         new = np.random.default_rng([seed, at]).random(WIDTH, "f4") if draw.random() < 0.6 else None
         made += [] if new is None else [new]
-        kill_after = draw.random() * 0.008 if draw.random() < 0.5 else None
-        ended = in_a_process((path, name, new), kill_after)
-        done["killed" if not ended else "enrolled" if new is not None else "forgotten"] += 1
-        if ended:
-            known = ({name: new} if new is not None else {}) | known
-            if new is None:
-                gone = known.pop(name, None)
-                if gone is not None and (file := left_over(gone, folder)):
-                    faults.append(f"seed {seed}, step {at}: {name} is forgotten, and in {file}")
+        ended = in_a_process(
+            (path, name, new), draw.random() * 0.008 if draw.random() < 0.5 else None
+        )
+        if ended and new is None and name in known:
+            gone.append(known[name])
+        done["journals left"] += path.with_name(f"{path.name}-journal").exists()
+        faults += [
+            f"seed {seed}, step {at}: forgotten, and as it lies there in {file}"
+            for file in (left_over(one, folder) for one in gone)
+            if file
+        ]
         with People.opened(path, new=True) as people:
             names, gallery = people.gallery("m", WIDTH)
         there = dict(zip(names, gallery, strict=True))
-        both = there.keys() | known.keys()
-        other = {n for n in both if not np.array_equal(there.get(n), known.get(n))}
-        if (ended and other) or other - {name}:
-            faults.append(f"seed {seed}, step {at}: {', '.join(sorted(other))} changed")
-        known = there
+        wanted = dict(known)
+        if ended and new is None:
+            wanted.pop(name, None)
+        elif ended:
+            wanted.setdefault(name, new)
+        differ = {n for n in there.keys() | wanted if not same(there.get(n), wanted.get(n))}
+        if (ended and differ) or differ - {name}:
+            faults.append(f"seed {seed}, step {at}: {', '.join(sorted(differ))} changed")
+        step_done = (
+            "enrolled" if there.keys() - known else "forgotten" if known.keys() - there else ""
+        )
+        done[step_done or "without effect"] += 1
+        done["killed"] += not ended
         kept = {one.tobytes() for one in there.values()}
-        for one in made:
-            if one.tobytes() not in kept and (file := left_over(one, folder)):
-                faults.append(f"seed {seed}, step {at}: of nobody who is enrolled, in {file}")
+        nobody = [one for one in made if one.tobytes() not in kept]
+        left = [left_over(one, folder) for one in nobody]
+        left += [holding([n.encode()], folder) for n in NAMES if n not in there]
+        faults += [f"seed {seed}, step {at}: of nobody who is enrolled, in {f}" for f in left if f]
+        known = there
     return done, faults
+
+
+def same(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    """Whether both are absent, or alike."""
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def sequences(count: int, first: int = 0) -> tuple[Counter, list[str]]:

@@ -184,6 +184,10 @@ def test_a_name_in_two_spellings_is_one(tmp_path):
         people.database.execute("INSERT INTO people VALUES (?, ?, ?)", row)
         people.remove(one)
         assert people.names() == []
+        people.add(one, np.ones(4, "<f4"), "m")
+        people.database.execute("INSERT INTO people VALUES (?, ?, ?)", row)
+        people.remove()
+        assert people.names() == []
 
 
 def test_the_nearest_enrolled_person_is_taken_and_a_stranger_refused():
@@ -311,6 +315,26 @@ def test_a_damaged_model_is_named_and_not_read(damage, model, tmp_path):
     how, sentence = DAMAGE[damage]
     with pytest.raises(TotemError, match=sentence):
         Totem(damaged_model(tmp_path, model, how))
+
+
+def test_nothing_is_told_to_anybody_when_openvino_is_imported():
+    """It comes with a program that reports to its makers' statistics that it was imported."""
+    code = """
+import socket, sys, threading
+from pathlib import Path
+socket.socket.connect = socket.socket.connect_ex = lambda *_: sys.exit("a connection")
+from kdutils.concierge import board
+try:
+    board.openvino(Path("absent.xml"), 1)
+except RuntimeError:
+    pass
+assert "openvino" in sys.modules
+assert sys.modules["openvino_telemetry"] is None
+assert threading.active_count() == 1
+"""
+    pytest.importorskip("openvino", reason="engines are in the extra 'edge'")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    assert run.returncode == 0, run.stderr
 
 
 def test_an_engine_that_cannot_be_had_is_said(model, monkeypatch):

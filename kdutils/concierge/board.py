@@ -35,6 +35,7 @@ def openvino(path: Path, threads: int) -> tuple[Callable, tuple]:
     What is not int8 is computed in 32 bits, as in the study, which some processors would not do
     by themselves.
     """
+    sys.modules.setdefault("openvino_telemetry", None)  # it would report over the network
     import openvino
 
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}

@@ -120,12 +120,12 @@ class People:
         except sqlite3.IntegrityError:
             raise TotemError(f"{name!r} is enrolled already; forget {name!r} first") from None
 
-    def remove(self, name: str) -> None:
-        """Remove a person's data; what the file held of it is overwritten."""
+    def remove(self, name: str = "") -> None:
+        """Remove a person's data, or that of all; what the file held of it is overwritten."""
+        which = " WHERE nfc(name) = nfc(?)" if name else ""
         with self.database:
-            one = "DELETE FROM people WHERE nfc(name) = nfc(?)"
-            gone = self.database.execute(one, (name,)).rowcount
-        if not gone:
+            gone = self.database.execute(f"DELETE FROM people{which}", [name] * bool(name)).rowcount
+        if name and not gone:
             raise TotemError(f"{name!r} is not enrolled in {self.path}")
         self.database.execute("VACUUM")
 
@@ -312,9 +312,9 @@ def forget(
     if everybody == bool(name):
         raise TotemError("whom? forget takes one name, or --all")
     with People.opened(database) as people:
-        for one in people.names() if everybody else [name]:
-            people.remove(one)
-            print(f"{one} is forgotten")
+        names = people.names() if everybody else [name]
+        people.remove(name)
+    print("".join(f"{one} is forgotten\n" for one in names), end="")
 
 
 @app.command("list")

@@ -207,7 +207,7 @@ class Clips(data.Batches):
 def read_folder(path: Path, *, frames: int, size: int) -> Recordings:
     """A folder of one's own recordings: ``labels.csv`` and ``clips/<identity>/<clip>``.
 
-    A clip is a folder of pictures (``frame_*.png`` or ``.jpg``, in the order of their names) or a
+    A clip is a folder of pictures (``frame_*.png`` or ``.jpg``, in the order of their numbers) or a
     video file; ``frames`` of it, evenly spaced from first to last, are squashed to ``size`` ×
     ``size``. A row of the table has the clip (``<identity>/<clip>``), its emotion, the box of the
     middle frame taken (cx, cy, w, h, shares of the picture) and ``registered``, 0 or 1.
