@@ -188,9 +188,8 @@ def test_an_argument_wins_over_an_entry_of_the_history_with_its_name():
 # Interruption, company
 
 
-@pytest.mark.parametrize("attempt", range(2))
-def test_killed_at_a_random_step_a_run_ends_as_if_it_had_not_been(folders, monkeypatch, attempt):
-    step = random.randint(2, 59)  # of 60
+def test_killed_at_a_random_step_a_run_ends_as_if_it_had_not_been(folders, monkeypatch):
+    step = random.randint(2, 59)  # of 60; `trust.py` kills as often as asked
     killed = train_in_a_process(folders / "killed", kill_at=step)
     assert killed.wait() == -signal.SIGKILL
     assert not list((folders / "killed").rglob("record.json"))
