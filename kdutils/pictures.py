@@ -19,9 +19,7 @@ from kdutils.data import DataError
 
 CLASSES = ("cat", "dog")
 LARGEST = 64 * 2**20  # bytes of one picture's file; what is larger is no photograph
-HIDDEN = re.compile(
-    r"(^|/)(\.|(thumbs\.db|desktop\.ini)$)"
-)  # systems' own files, and thrown away ones
+HIDDEN = re.compile(r"(^|/)(\.|(thumbs\.db|desktop\.ini)$)")  # systems' own, and thrown away
 
 
 @dataclass(frozen=True)

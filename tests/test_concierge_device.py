@@ -245,6 +245,17 @@ def test_an_annotated_film_plays_as_fast_as_its_source(tmp_path, rate):
     assert len(times[1]) == 20
 
 
+def test_of_frames_without_times_a_film_is_made_too(tmp_path):
+    """As some cameras send them."""
+    import av
+
+    black = np.zeros((32, 32, 3), np.uint8)
+    with program.film(tmp_path / "seen.mp4") as add:
+        add([av.VideoFrame.from_ndarray(black) for _ in range(4)], np.full(4, 0.5), "")
+    times = [frame.time for frame in recordings.video(str(tmp_path / "seen.mp4"))]
+    np.testing.assert_allclose(times, np.arange(4) / 25, atol=1e-3)
+
+
 def test_sigterm_ends_recognising_and_the_film_can_be_played(model, tmp_path):
     pictures, _ = scenes.clip(3, 2, seed=0, index=0, frames=4, size=64)
     film(tmp_path / "long.mp4", np.concatenate([pictures] * 2000))

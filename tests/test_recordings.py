@@ -336,16 +336,21 @@ def film(path, pictures, rate=10):
         container.mux(stream.encode())
 
 
+def is_read(path, rows, picture):
+    """Assert that the film c1.mp4 of Jan's ends with this picture."""
+    rows[4]["clip"] = "Jan/c1.mp4"
+    write(path, rows)
+    found = recordings.read_folder(path, frames=2, size=64)
+    whole = np.concatenate([part.clips for part in found[:3]])
+    nearest = min(np.abs(clip[..., 3:].astype(int) - picture).mean() for clip in whole)
+    assert nearest < 12  # the codec's loss
+
+
 def test_a_video_file_is_a_clip_and_a_broken_one_is_named(tmp_path):
     rows = folder(tmp_path)
     pictures, _ = scenes.clip(3, 2, seed=0, index=0, frames=4, size=64)
     film(tmp_path / "clips" / "Jan" / "c1.mp4", pictures)
-    rows[4]["clip"] = "Jan/c1.mp4"
-    write(tmp_path, rows)
-    found = recordings.read_folder(tmp_path, frames=2, size=64)
-    whole = np.concatenate([part.clips for part in found[:3]])
-    nearest = min(np.abs(clip[..., 3:].astype(int) - pictures[3]).mean() for clip in whole)
-    assert nearest < 12  # the codec's loss
+    is_read(tmp_path, rows, pictures[3])
     (tmp_path / "clips" / "Jan" / "c1.mp4").write_bytes(b"no video at all")
     with pytest.raises(DataError, match=r"line 6, clip 'Jan/c1\.mp4': .*c1\.mp4 cannot be read"):
         read(tmp_path)
@@ -374,12 +379,7 @@ def test_a_film_is_read_upright_as_players_show_it(tmp_path, degrees):
     path = tmp_path / "clips" / "Jan" / "c1.mp4"
     film(path, np.ascontiguousarray(np.rot90(pictures, degrees // 90, axes=(1, 2))))
     turned(path, degrees)
-    rows[4]["clip"] = "Jan/c1.mp4"
-    write(tmp_path, rows)
-    found = recordings.read_folder(tmp_path, frames=2, size=64)
-    whole = np.concatenate([part.clips for part in found[:3]])
-    nearest = min(np.abs(clip[..., 3:].astype(int) - pictures[3]).mean() for clip in whole)
-    assert nearest < 12  # the codec's loss
+    is_read(tmp_path, rows, pictures[3])
 
 
 def test_a_long_film_is_never_in_memory_whole(tmp_path, monkeypatch):

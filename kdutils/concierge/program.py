@@ -183,8 +183,7 @@ def film(path: Path) -> Iterator[Callable]:
     """A function that adds frames to a video file, with a box and a text drawn in.
 
     It plays as fast as where the frames are from. ``box`` is cx, cy, w, h in shares of the picture.
-    Raises :class:`TotemError` where the file
-    cannot be written.
+    Raises :class:`TotemError` where the file cannot be written.
     """
     import av
     from PIL import ImageDraw
@@ -206,8 +205,9 @@ def film(path: Path) -> Iterator[Callable]:
             drawing.text((4, 4), text, fill=(0, 255, 0))
             if not stream.codec_context.is_open:
                 stream.width, stream.height = picture.size
-                lasted = (frames[-1].time - frames[0].time) / (len(frames) - 1)  # each of them
-                stream.codec_context.time_base = Fraction(lasted).limit_denominator(30_000)
+                if lasted := (frames[-1].time or 0) - (frames[0].time or 0):  # else it is unknown
+                    each = Fraction(lasted / (len(frames) - 1)).limit_denominator(30_000)
+                    stream.codec_context.time_base = each
             container.mux(stream.encode(av.VideoFrame.from_image(picture)))
 
     with container:
