@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported; subprocesses inherit it
 
@@ -22,20 +23,51 @@ def pytest_configure():
 
 
 # Long tests, each of which sets up its own: several workers share these files.
-DIVIDED = ("test_notebooks.py", "test_runs.py", "test_spread.py", "test_stopping.py")
+DIVIDED = ("test_notebooks.py", "test_spread.py", "test_stopping.py")
+# What takes longest begins first, or one core waits at the end while the other computes it.
+LONGEST = (
+    "test_smoke_trains_everything",
+    "test_book.py",
+    "test_stopped_and_killed",
+    "test_runs.py",
+    "test_binary.py",
+    "test_trust.py",
+    "test_light.py",
+    "test_concierge_device.py",
+    "test_verify_trains",
+    "test_a_worker_killed_for_memory",
+    "test_sixth.py",
+    "test_spread.py",
+)
+
+
+def scope(nodeid):
+    """What goes to one worker: a file, for what it sets up, but of the divided ones a test."""
+    file = nodeid.partition("::")[0]
+    return nodeid if file.endswith(DIVIDED) else file
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, then the files of most tests; single short ones fill the end."""
+    tests = Counter(scope(item.nodeid) for item in items)
+
+    def place(item):
+        rank = next((k for k, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+        return rank, -tests[scope(item.nodeid)]
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Other files go to one worker each, for what they set up; so do a notebook's cells."""
     from xdist.scheduler import LoadFileScheduling
 
-    class ByFile(LoadFileScheduling):
+    class ByScope(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            file = nodeid.partition("::")[0]
-            return nodeid if file.endswith(DIVIDED) else file
+            return scope(nodeid)
 
-    return ByFile(config, log)
+    config.option.loadscopereorder = False  # or the number of tests would order them
+    return ByScope(config, log)
 
 
 @pytest.fixture(autouse=True)

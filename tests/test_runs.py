@@ -1,21 +1,25 @@
 """Runs: computed once, recorded, resumed, shared, judged by their source."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 import joblib
 import pytest
 import safetensors.torch as st
+import tiny
 from safetensors import safe_open
 from tiny import tiny_study
 
@@ -39,11 +43,40 @@ def started(record_or_folder) -> int:
     return len((folder / "log").read_text(encoding="utf-8").splitlines())
 
 
-def train_in_a_process(folder: Path, seed=0, kill_at=None) -> subprocess.Popen:
-    environment = os.environ | {"KDUTILS_RUNS": str(folder)}
-    if kill_at:
-        environment["TINY_KILL_AT"] = str(kill_at)
-    return subprocess.Popen([sys.executable, HERE / "tiny.py", str(seed)], env=environment)
+@cache
+def server():
+    """What starts processes: they are forks of one that has imported PyTorch already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kdutils.train", "kdutils.models", "distributed"])
+    forkserver.ensure_running()
+    return context
+
+
+def train_in_a_process(folder: Path, **environment: str) -> multiprocessing.Process:
+    environment["KDUTILS_RUNS"] = str(folder)
+    process = server().Process(target=tiny.alone, args=(0, environment))
+    process.start()
+    return process
+
+
+def ended(process: multiprocessing.Process) -> int:
+    process.join()
+    return process.exitcode
+
+
+@contextmanager
+def cluster(**options):
+    """A local Dask cluster, whose workers are such forks, and the address of its scheduler."""
+    distributed = pytest.importorskip("dask.distributed", reason="needs the extra `cluster`")
+    import dask
+
+    server()
+    options["env"] = {k: v for k, v in os.environ.items() if k.startswith("KDUTILS_")}
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+        distributed.LocalCluster(dashboard_address=None, **options) as running,
+    ):
+        yield running
 
 
 def train_here(folder: Path, monkeypatch) -> dict:
@@ -190,8 +223,8 @@ def test_an_argument_wins_over_an_entry_of_the_history_with_its_name():
 
 def test_killed_at_a_random_step_a_run_ends_as_if_it_had_not_been(folders, monkeypatch):
     step = random.randint(2, 59)  # of 60; `trust.py` kills as often as asked
-    killed = train_in_a_process(folders / "killed", kill_at=step)
-    assert killed.wait() == -signal.SIGKILL
+    killed = train_in_a_process(folders / "killed", TINY_KILL_AT=str(step))
+    assert ended(killed) == -signal.SIGKILL
     assert not list((folders / "killed").rglob("record.json"))
     contents = [train_here(folders / name, monkeypatch) for name in ("killed", "whole")]
     for name, content in zip(("killed", "whole"), contents, strict=True):
@@ -202,15 +235,15 @@ def test_killed_at_a_random_step_a_run_ends_as_if_it_had_not_been(folders, monke
 
 
 def test_what_a_killed_process_was_writing_is_swept_when_a_run_begins(folders):
-    killed = train_in_a_process(folders / "runs", kill_at=45)
-    assert killed.wait() == -signal.SIGKILL
+    killed = train_in_a_process(folders / "runs", TINY_KILL_AT="45")
+    assert ended(killed) == -signal.SIGKILL
     owner = files.owner().replace(f"-{os.getpid()}", f"-{killed.pid}")
     (folder,) = (folders / "runs" / "tiny").iterdir()
     (folder / f"e2.safetensors.{owner}-1.partial").touch()
     (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
     tiny_study(train=False)  # reading leaves alone what it does not own
     assert len(list(folder.glob("*.partial"))) == 2
-    assert train_in_a_process(folders / "runs").wait() == 0
+    assert ended(train_in_a_process(folders / "runs")) == 0
     assert not list(folder.glob("*.partial"))
     _, network = tiny_study()
     (folder / f"outputs-0123456789abcdef-5.safetensors.{owner}-1.partial").touch()
@@ -227,7 +260,7 @@ def test_what_a_killed_process_was_writing_is_swept_when_a_run_begins(folders):
 
 def test_two_processes_that_want_one_run_share_one_result(folders):
     both = [train_in_a_process(folders / "runs") for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
+    assert list(map(ended, both)) == [0, 0]
     (path,) = (folders / "runs").rglob("record.json")
     assert started(path.parent) == 1
 
@@ -236,7 +269,7 @@ def test_two_processes_that_want_one_run_share_one_result(folders):
 def killed(tmp_path_factory):
     """The folder of a run that was killed at its third epoch, with a rate that it never had."""
     folder = tmp_path_factory.mktemp("killed")
-    assert train_in_a_process(folder, kill_at=45).wait() == -signal.SIGKILL
+    assert ended(train_in_a_process(folder, TINY_KILL_AT="45")) == -signal.SIGKILL
     (state,) = folder.rglob("state.safetensors")
     with safe_open(state, framework="pt") as file:
         rest = file.metadata()["rest"].replace('"lr": 0.1', '"lr": 777')
@@ -286,17 +319,14 @@ def test_joblib_computes_on_in_a_kernel_that_has_trained_with_processes(monkeypa
 
 
 def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
-    distributed = pytest.importorskip("dask.distributed", reason="needs the extra `cluster`")
     seeds = grid(seed=[0, 1, 2], epochs=6)
     serial = _timeless(*tiny_study("serial"), seeds)
     os.environ["KDUTILS_RUNS"] += "-dask"
-    with distributed.LocalCluster(
-        n_workers=2, threads_per_worker=1, dashboard_address=None
-    ) as cluster:
-        pids = [worker.pid for worker in cluster.workers.values()]
+    with cluster(n_workers=2, threads_per_worker=1) as running:
+        pids = [worker.pid for worker in running.workers.values()]
         killed = threading.Thread(target=_kill_when_busy, args=(records.runs_folder(), pids))
         killed.start()
-        study, network = tiny_study(cluster.scheduler_address)
+        study, network = tiny_study(running.scheduler_address)
         assert _timeless(study, network, seeds) == serial
         killed.join()
     begun = [started(network.folder(a)) for a in seeds]
@@ -305,11 +335,8 @@ def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the allocator is glibc's")
 def test_a_dask_worker_keeps_memory_for_its_next_step_and_computes_one_run_at_a_time():
-    distributed = pytest.importorskip("dask.distributed", reason="needs the extra `cluster`")
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=2, dashboard_address=None
-    ) as cluster:
-        study = Study("memory", scale="laptop", engine=cluster.scheduler_address)
+    with cluster(n_workers=1, threads_per_worker=2) as running:
+        study = Study("memory", scale="laptop", engine=running.scheduler_address)
         found = study.map(study.run(_page_faults), grid(trial=[0, 1]))
     assert found.faults.max() < 2_000, "each of a hundred tensors of 1,024 pages is faulted in anew"
     assert found.pid.nunique() == 1

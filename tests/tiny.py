@@ -1,12 +1,10 @@
 """A study that trains in a second or two, for tests: a small network on scikit-learn's digits.
 
-As a script: ``python tiny.py SEED`` trains one run into ``$KDUTILS_RUNS`` and prints its key; with
-``$TINY_KILL_AT`` set to a step, the process kills itself there, as a power cut would.
+With ``$TINY_KILL_AT`` set to a step, a process kills itself there, as a power cut would.
 """
 
 import os
 import signal
-import sys
 
 from kdutils import Study
 
@@ -57,7 +55,7 @@ def tiny_study(engine="serial", scale="laptop", train=True):
     return study, network
 
 
-if __name__ == "__main__":
-    _, network = tiny_study()
-    record = network(seed=int(sys.argv[1]))
-    print(record.content["key"])
+def alone(seed: int, environment: dict[str, str]) -> None:
+    """Train one run, as a process of its own."""
+    os.environ |= environment
+    tiny_study()[1](seed=seed)
