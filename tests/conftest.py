@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported; subprocesses inherit it
@@ -17,7 +18,11 @@ settings.load_profile("kdutils")
 
 
 def pytest_configure():
-    """The user's settings are set aside, for the notebooks' kernels too."""
+    """The user's settings are set aside, for the notebooks' kernels too.
+
+    What a script starts in the background ignores SIGINT, and so would all that the tests start.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for name in [name for name in os.environ if name.startswith("KDUTILS_")]:
         del os.environ[name]
 
