@@ -74,7 +74,7 @@ def cluster(**options):
     options["env"] = {k: v for k, v in os.environ.items() if k.startswith("KDUTILS_")}
     with (
         dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
-        distributed.LocalCluster(dashboard_address=None, **options) as running,
+        distributed.LocalCluster(dashboard_address=":0", **options) as running,
     ):
         yield running
 
@@ -319,7 +319,7 @@ def test_joblib_computes_on_in_a_kernel_that_has_trained_with_processes(monkeypa
 
 
 def test_a_dask_cluster_that_loses_a_worker_gives_the_records_of_a_serial_run():
-    seeds = grid(seed=[0, 1, 2], epochs=6)
+    seeds = grid(seed=[0, 1, 2], epochs=10)  # long enough to be caught in the middle
     serial = _timeless(*tiny_study("serial"), seeds)
     os.environ["KDUTILS_RUNS"] += "-dask"
     with cluster(n_workers=2, threads_per_worker=1) as running:
