@@ -230,7 +230,7 @@ def _margins(rule: Rule, found: verdicts.Verdict) -> dict | None:
 def said(value: float, unit: str) -> str:
     """A value as a reader has it: ``+1.1 points``."""
     factor, digits, behind = UNITS[unit]
-    shown = f"{value * factor:{'' if unit == 'ratio' else '+'}.{digits}f}"
+    shown = f"{value * factor:{'' if unit == 'ratio' else '+'}z.{digits}f}"
     return f"{shown.replace('-', '−')}{behind}"
 
 
@@ -239,7 +239,7 @@ def said_with_interval(row: dict) -> str:
     if row["mean"] is None:
         return f"{row['found']} of {row['seeds']} seeds"
     factor, digits, _ = UNITS[row["unit"]]
-    low, high = (f"{row[k] * factor:.{digits}f}".replace("-", "−") for k in ("low", "high"))
+    low, high = (f"{row[k] * factor:z.{digits}f}".replace("-", "−") for k in ("low", "high"))
     return f"{said(row['mean'], row['unit'])} ({low} to {high})"
 
 

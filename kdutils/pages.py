@@ -10,20 +10,20 @@ from pathlib import Path
 from kdutils import claims, notebooks, records, verdicts
 from kdutils.runs import Study
 
-MOST_SENTENCES = 8
+MOST_POINTS = 8
 
 
-def answer(*sentences: str):
-    """The page's answer, at most eight sentences; empty ones are left out.
+def answer(lead: str, *points: str):
+    """The page's answer: the finding, then a list of what else to know; empty points are left out.
 
-    Raises ValueError where there are more: a reader has a minute.
+    Raises ValueError where lead and points are more than eight: a reader has a minute.
     """
     from IPython.display import Markdown
 
-    said = [sentence for sentence in sentences if sentence]
-    if len(said) > MOST_SENTENCES:
-        raise ValueError(f"the answer has {len(said)} sentences; it may have {MOST_SENTENCES}")
-    return Markdown(" ".join(said))
+    listed = [f"- {point}" for point in points if point]
+    if (count := len(listed) + bool(lead)) > MOST_POINTS:
+        raise ValueError(f"the answer has {count} points; it may have {MOST_POINTS}")
+    return Markdown("\n".join([lead, "", *listed]).strip())
 
 
 def tally(rows: list[dict]) -> str:
@@ -79,14 +79,15 @@ def provenance(study: Study):
 
     if not study.records:
         return Markdown("No run has been published yet.")
-    costs = study.costs()
-    made = [record.content["made"] for record in study.records]
-    kinds = costs.groupby("run").agg({"runs": "sum", "minutes": "sum", "source": list})
+    kinds = {}
+    for record in study.records:
+        kinds.setdefault(record.content["run"], []).append(record.content["made"])
     listed = "; ".join(
-        f"{name} {row.runs} ({row.minutes / row.runs:.1f} minutes each, source "
-        f"{', '.join(sorted(set(row.source)))})"
-        for name, row in kinds.iterrows()
+        f"{name} {len(of)} ({sum(one['seconds'] for one in of) / len(of) / 60:.1f} minutes each, "
+        f"source {', '.join(sorted({one['source'][:8] for one in of}))})"
+        for name, of in sorted(kinds.items())
     )
+    made = [record.content["made"] for record in study.records]
     register = records.register(study.name)
     before = sum(one.get("register") == register for one in made)
     where = Counter(
@@ -96,7 +97,7 @@ def provenance(study: Study):
     )
     commits = Counter(one["commit"][:12] for one in made)
     lines = [
-        f"**Runs** {costs.runs.sum()}, {costs.minutes.sum() / 60:.1f} hours: {listed}.",
+        f"**Runs** {len(made)}, {sum(one['seconds'] for one in made) / 3600:.1f} hours: {listed}.",
         f"**Made on** {'; '.join(f'{name} ({count})' for name, count in where.items())}.",
         f"**Commits** {', '.join(f'{name} ({count})' for name, count in commits.items())}.",
         f"**Claims** {before} of {len(made)} runs began when this study's rows of "
@@ -120,15 +121,11 @@ def say(rows: list[dict], named: dict[str, str]):
     return Markdown("\n".join(lines))
 
 
-def stored_answer(study: str) -> str:
-    """The answer that a study's stored page shows; without one, its tally and what was decided."""
-    for put in notebooks.outputs(notebooks.find(study), "answer"):
-        if "text/markdown" in put:
-            return put["text/markdown"]
-    rows = [row for row in claims.of_notebooks() if row["study"] == study]
-    open_still = (None, verdicts.INCONCLUSIVE)
-    decided = [f"{r['statement']}: {holds(r)}." for r in rows if r["verdict"] not in open_still]
-    return " ".join([tally(rows), *decided])
+def stored_lead(study: str) -> str:
+    """The finding with which the answer on a study's stored page begins; empty without a page."""
+    put = notebooks.outputs(notebooks.find(study), "answer")
+    said = (one["text/markdown"] for one in put if "text/markdown" in one)
+    return next(said, "").partition("\n\n")[0].replace("\n", " ")
 
 
 def caveats(rows: list[dict]) -> str:
@@ -136,14 +133,15 @@ def caveats(rows: list[dict]) -> str:
     judged_last = sorted(rows, key=lambda row: row["scale"] is not None)
     scale_of = {row["study"]: row["scale"] or "no" for row in judged_last}
     of, done = Counter(r["study"] for r in rows), Counter(r["study"] for r in rows if r["verdict"])
-    named = {s: f"{s} ({done[s]} of {n})" if 0 < done[s] < n else s for s, n in of.items()}
-    where = {"paper": "at scale paper", "laptop": "at laptop, smaller stand-ins", "no": "not yet"}
-    scales = "; ".join(
-        f"{said}: {', '.join(named[study] for study in sorted(named) if scale_of[study] == scale)}"
-        for scale, said in where.items()
-        if scale in scale_of.values()
-    )
+    numbers = {name: path.stem.partition("-")[0] for name, path in notebooks.studies().items()}
+    named = {
+        study: numbers.get(study, study) + f" ({done[study]} of {n} claims)" * (0 < done[study] < n)
+        for study, n in of.items()
+    }
+    where = {"paper": "at the paper's scale", "laptop": "on smaller stand-ins", "no": "not yet"}
+    of_scale = {k: sorted(n for study, n in named.items() if scale_of[study] == k) for k in where}
+    scales = "; ".join(f"{where[k]}: study {', '.join(n)}" for k, n in of_scale.items() if n)
     held = [row for row in rows if (row["verdict"] or "").startswith(verdicts.REPLICATED)]
-    survive, exempt = (sum(row["holm"] is known for row in held) for known in (True, None))
+    survive = sum(row["holm"] is True for row in held)
     correction = f"{survive} of the {len(held)} replicated survive a correction for many claims"
-    return f"Judged {scales}. {correction} ({exempt} of a kind that has none)."
+    return f"Judged {scales}. {correction}."

@@ -99,20 +99,6 @@ class Study:
         frame.attrs["history"] = sorted({k for r in done for k in r.history_names()})
         return frame
 
-    def costs(self) -> pd.DataFrame:
-        """What the records used so far cost and where they were made, one row a kind of run."""
-        made = pd.DataFrame([r.content["made"] | {"run": r.content["run"]} for r in self.records])
-        frame = made.assign(
-            device=made.device.where(made.device != "cpu", made.processor),
-            torch=made.versions.str["torch"],
-            source=made.source.str[:8],
-            minutes=made.seconds / 60,
-        )
-        where = ["run", "device", "precision", "threads", "torch", "source"]
-        sums = {"runs": ("minutes", "size"), "minutes": ("minutes", "sum")}
-        sums["memory"] = ("peak_memory_mb", "max")
-        return frame.groupby(where, sort=False).agg(**sums).reset_index()
-
     def _own_folder(self) -> Path:
         return records.runs_folder() / self.name
 

@@ -263,7 +263,7 @@ def test_numbers_are_written_as_python_writes_them(page):
     cases = [(x, d) for x in (0.25, 0.35, 2.5, 1.25, -0.01, -0.0, 0.125, 1e-20) for d in (0, 1, 2)]
     cases += [(drawn.gauss(0, 10), drawn.choice([0, 1, 2, 3, 4])) for _ in range(300)]
     found = page.evaluate("all => all.map(([x, digits]) => verdicts.fixed(x, digits))", cases)
-    assert found == [f"{x:.{digits}f}".replace("-", "−") for x, digits in cases]
+    assert found == [f"{x:z.{digits}f}".replace("-", "−") for x, digits in cases]
 
 
 # ------------------------------------------------------------------------------- the page

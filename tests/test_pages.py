@@ -21,9 +21,12 @@ def row(word, **more):
     )
 
 
-def test_an_answer_has_at_most_eight_sentences():
-    assert pages.answer(*["A."] * 8, "", "").data == "A. A. A. A. A. A. A. A."
-    with pytest.raises(ValueError, match="the answer has 9 sentences; it may have 8"):
+def test_an_answer_is_its_finding_and_a_list_of_at_most_eight_points_in_all():
+    assert pages.answer("A.").data == "A."
+    assert pages.answer("A.", "B.", "", "C.").data == "A.\n\n- B.\n- C."
+    assert pages.answer("", "B.").data == "- B."
+    assert pages.answer(*["A."] * 8, "", "").data.count("A.") == 8
+    with pytest.raises(ValueError, match="the answer has 9 points; it may have 8"):
         pages.answer(*["A."] * 9)
 
 
@@ -69,18 +72,18 @@ def test_provenance_counts_runs_commits_and_the_register(tmp_path, monkeypatch):
 
 def test_every_study_has_an_answer():
     for name in notebooks.studies():
-        assert len(pages.stored_answer(name)) > 20
+        assert len(pages.stored_lead(name)) > 20
 
 
 def test_caveats_name_scales_and_what_survives_the_correction():
     rows = [
         row("replicated", scale="paper", study="a", holm=True),
         row("replicated, smaller", scale="laptop", study="b", holm=False),
-        row("replicated", scale="laptop", study="b", holm=None),
+        row("replicated", scale="laptop", study="geometry", holm=None),
         row(None, scale=None, study="c", holm=None),
         row(None, scale=None, study="a", holm=None),
     ]
     assert pages.caveats(rows) == (
-        "Judged at scale paper: a (1 of 2); at laptop, smaller stand-ins: b; not yet: c. "
-        "1 of the 3 replicated survive a correction for many claims (1 of a kind that has none)."
+        "Judged at the paper's scale: study a (1 of 2 claims); on smaller stand-ins: study 5, b; "
+        "not yet: study c. 1 of the 3 replicated survive a correction for many claims."
     )

@@ -233,7 +233,7 @@ const verdicts = (() => {
 
   // ------------------------------------------------------------------------- words
 
-  /** As Python writes it: ties to the even digit, and a minus for what rounds to −0. */
+  /** As Python writes it: ties to the even digit, and no minus for what rounds to 0. */
   function fixed(value, digits) {
     const size = Math.abs(value);
     let text = size.toFixed(digits);
@@ -242,7 +242,7 @@ const verdicts = (() => {
     if (even && /^50*$/.test(after.slice(digits))) {
       text = digits ? `${before}.${after.slice(0, digits)}` : before;
     }
-    return value < 0 || Object.is(value, -0) ? `−${text}` : text;
+    return value < 0 && Number(text) ? `−${text}` : text;
   }
 
   function said(value, unit, units) {
@@ -270,10 +270,9 @@ const verdicts = (() => {
   function correction(rows, state) {
     if (state.correction === "none") return "";
     const held = rows.filter((row) => row.verdict?.startsWith(REPLICATED));
-    const [survive, exempt] = [true, null].map((k) => held.filter((r) => r.holm === k).length);
+    const survive = held.filter((row) => row.holm === true).length;
     const over = state.correction === "all" ? "all claims" : "their study’s claims";
-    return `${survive} of the ${held.length} replicated survive a correction for ${over} ` +
-      `(${exempt} of a kind that has none).`;
+    return `${survive} of the ${held.length} replicated survive a correction for ${over}.`;
   }
 
   function settings(state) {
