@@ -64,11 +64,16 @@ def sweep(folder: Path, pattern: str = "*.partial", hours: float = 1) -> None:
     by now; what has not changed for so many ``hours`` goes all the same.
     """
     for path in Path(folder).glob(pattern):
-        named = re.match(r".*([0-9a-f]{8})-(\d+)-", path.name)
-        ended = named and named[1] == _machine() and not _lives(int(named[2]))
         with suppress(OSError):  # another process swept it
-            if ended or time.time() - path.stat().st_mtime > hours * 3600:
+            if ended(path) or time.time() - path.stat().st_mtime > hours * 3600:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def ended(path: Path) -> int | None:
+    """The number of the process that owned a file or folder, if it ran here and has ended."""
+    named = re.match(r".*([0-9a-f]{8})-(\d+)-", path.name)
+    ours = named and named[1] == _machine() and not _lives(int(named[2]))
+    return int(named[2]) if ours else None
 
 
 def _lives(pid: int) -> bool:

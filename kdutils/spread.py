@@ -3,6 +3,7 @@
 Knows engines, workers and time; knows nothing of what a run is and does.
 """
 
+import atexit
 import ctypes
 import json
 import os
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 from kdutils import files, records
 
@@ -206,6 +208,7 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
 
     from joblib.executor import get_memmapping_executor  # joblib's own: a page may use both
 
+    _mark_pool()
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     threads = dict.fromkeys(names, str(run.study.threads))
     begin = {"initializer": _begin, "initargs": (os.getpid(),), "env": threads, "timeout": 300}
@@ -225,6 +228,18 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
     except BaseException:  # an interruption, above all: leave no process behind
         _end(pool)
         raise
+
+
+def _mark_pool(shared=Path("/dev/shm")) -> None:
+    """Remove what killed pools left in shared memory; joblib's names for it say no machine."""
+    for mark in shared.glob("kd-*-pool"):
+        if pid := files.ended(mark):
+            for left in (f"sem.loky-{pid}-*", f"joblib_memmapping_folder_{pid}_*", mark.name):
+                files.sweep(shared, left, hours=0)
+    if shared.is_dir():
+        mark = shared / f"kd-{files.owner()}-pool"
+        mark.touch()
+        atexit.register(mark.unlink, missing_ok=True)
 
 
 def _begin(parent: int) -> None:

@@ -345,6 +345,14 @@ def test_the_interval_of_the_check_is_exact(stranger):
         assert p == pytest.approx(stats.ttest_1samp(x, 0).pvalue, abs=1e-9)
 
 
+def test_the_check_names_a_register_without_one_of_its_columns(project):
+    table = project / "data" / "claims.csv"
+    table.write_text(table.read_text(encoding="utf-8").replace("bound", "bounf"), encoding="utf-8")
+    done = subprocess.run([sys.executable, CHECK, project], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"{table} is damaged: KeyError('bound')" in done.stdout + done.stderr
+
+
 REGISTERED = [
     registered_row("a-1", effect="0.2", seeds="5"),
     registered_row("a-2", "below", margin="0.5"),

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import platformdirs
 import pytest
 
-from kdutils import files
+from kdutils import files, spread
 
 
 def full_disk(*_):
@@ -85,6 +85,22 @@ def test_a_process_killed_while_writing_leaves_the_old_content_alone(path, funct
     assert all(name.endswith(".partial") for name in left)  # which git does not see
     files.sweep(path.parent)
     assert os.listdir(path.parent) == ["record.json"]
+
+
+def test_what_killed_pools_left_in_shared_memory_is_removed_and_what_living_ones_hold_is_not(
+    tmp_path,
+):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead, here = ended.pid, str(os.getpid())
+    held = {f"sem.loky-{here}-a", f"sem.loky-{dead}1-a", f"kd-{'0' * 8}-{dead}-pool", "other"}
+    names = {f"sem.loky-{dead}-a", f"kd-{files.owner().replace(here, str(dead))}-pool"}
+    for name in held | names:
+        (tmp_path / name).touch()
+    (tmp_path / f"joblib_memmapping_folder_{dead}_b" / "deep").mkdir(parents=True)
+    spread._mark_pool(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == held | {f"kd-{files.owner()}-pool"}
+    spread._mark_pool(tmp_path / "not there")
 
 
 def test_sweeping_leaves_a_living_owners_files_and_anothers_until_they_are_old(tmp_path):

@@ -86,7 +86,8 @@ def main(root):
     stored = {row["id"]: row.get("parts", {}) for row in rows}
     read.last, lines, ps = root / "data/claims.csv", {}, {}
     text = csv.DictReader(read.last.read_text(encoding="utf-8").splitlines())
-    register = {row["id"]: row | {"seeds": int(row["seeds"])} for row in text}
+    used = ("study", "kind", "parts", "effect", "margin", "bound", "unit")
+    register = {row["id"]: {k: row[k] for k in used} | {"seeds": int(row["seeds"])} for row in text}
     wrong = [f"claim {name}: stored, but not registered." for name in {*stored} - {*register}]
     for name, row in register.items():
         names, parts, seeds = row["parts"].split(";"), stored.get(name, {}), row["seeds"]
@@ -109,10 +110,9 @@ def main(root):
                 p = sorted(one[5] for one in found)[place] * (len(names) if several else 1)
                 ps.setdefault(row["study"], []).append((min(1, p), name))
     for of_study in ps.values():
-        passed = True
-        for k, (p, name) in enumerate(sorted(of_study)):
-            passed = passed and p <= 0.05 / (len(of_study) - k)
-            lines[name] += f", Holm: {'yes' if passed else 'no'}"
+        passed = [p <= 0.05 / (len(of_study) - k) for k, (p, _) in enumerate(sorted(of_study))]
+        for k, (_, name) in enumerate(sorted(of_study)):
+            lines[name] += f", Holm: {'yes' if all(passed[: k + 1]) else 'no'}"
     return print(*wrong or lines.values(), sep="\n") or bool(wrong)
 
 
