@@ -106,7 +106,7 @@ def _kernel() -> Iterator[type]:
 
     It is spoken to through files, which needs no network, not even this machine's. Sockets and
     all that it keeps for a while lie in one folder. On leaving, what is left of its processes is
-    ended, and the folder removed; of one who was killed, when the next kernel starts. The user's
+    ended, and the folder removed; of one who was killed, when the next starts or ends. The user's
     settings of IPython and Matplotlib do not count: what a notebook shows is the same for all.
     """
     from ipykernel.kernelspec import get_kernel_dict
@@ -143,6 +143,8 @@ def _kernel() -> Iterator[type]:
         for process in started:
             _end(process)
         shutil.rmtree(folder, ignore_errors=True)
+        # A killed command's kernel lives for a second or more, and may write after the first sweep.
+        files.sweep(folder.parent, "kd-*", hours=30 * 24)
 
 
 def _short_folder() -> Path:

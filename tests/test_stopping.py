@@ -16,7 +16,7 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import v4
 
-from kdutils import notebooks, records
+from kdutils import files, notebooks, records
 
 PARAMETERS = """epochs = 1
 lr = 0.1
@@ -103,6 +103,16 @@ def wait_until(condition, seconds=240.0):
     while not condition():
         assert time.monotonic() < deadline, "it took too long"
         time.sleep(0.05)
+
+
+def test_what_a_killed_ones_kernel_wrote_after_the_sweep_is_swept_at_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with notebooks._kernel():
+        late = tmp_path / f"kd-{files.owner().replace(str(os.getpid()), str(ended.pid))}-late"
+        late.mkdir()
+    assert os.listdir(tmp_path) == []
 
 
 def test_stopped_and_killed_it_leaves_nothing_behind_and_goes_on(folder):
