@@ -348,7 +348,8 @@ def test_the_interval_of_the_check_is_exact(stranger):
 def test_the_check_names_a_register_without_one_of_its_columns(project):
     table = project / "data" / "claims.csv"
     table.write_text(table.read_text(encoding="utf-8").replace("bound", "bounf"), encoding="utf-8")
-    done = subprocess.run([sys.executable, CHECK, project], capture_output=True, text=True)
+    command = [sys.executable, CHECK, project]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1
     assert f"{table} is damaged: KeyError('bound')" in done.stdout + done.stderr
 
