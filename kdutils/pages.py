@@ -122,7 +122,7 @@ def say(rows: list[dict], named: dict[str, str]):
 
 
 def stored_lead(study: str) -> str:
-    """The finding with which the answer on a study's stored page begins; empty without a page."""
+    """The finding with which the answer on a study's stored page begins; empty without one."""
     put = notebooks.outputs(notebooks.find(study), "answer")
     said = (one["text/markdown"] for one in put if "text/markdown" in one)
     return next(said, "").partition("\n\n")[0].replace("\n", " ")
@@ -141,7 +141,7 @@ def caveats(rows: list[dict]) -> str:
     where = {"paper": "at the paper's scale", "laptop": "on smaller stand-ins", "no": "not yet"}
     of_scale = {k: sorted(n for study, n in named.items() if scale_of[study] == k) for k in where}
     scales = "; ".join(f"{where[k]}: study {', '.join(n)}" for k, n in of_scale.items() if n)
-    held = [row for row in rows if (row["verdict"] or "").startswith(verdicts.REPLICATED)]
-    survive = sum(row["holm"] is True for row in held)
-    correction = f"{survive} of the {len(held)} replicated survive a correction for many claims"
-    return f"Judged {scales}. {correction}."
+    held = [r["holm"] for r in rows if (r["verdict"] or "").startswith(verdicts.REPLICATED)]
+    tested = [holm for holm in held if holm is not None]
+    what = f"{sum(tested)} of the {len(tested)} replicated with a p-value"
+    return f"Judged {scales}. {what} survive a correction for many claims."

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -231,13 +231,16 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
 
 
 def _mark_pool(shared=Path("/dev/shm")) -> None:
-    """Remove what killed pools left in shared memory; joblib's names for it say no machine."""
-    for mark in shared.glob("kd-*-pool"):
+    """Remove what killed pools left in shared memory; joblib's names for it say no machine.
+
+    By process number: containers that share this folder must share the numbers too.
+    """
+    for mark in shared.glob("kdpool-*-mark"):
         if pid := files.ended(mark):
             for left in (f"sem.loky-{pid}-*", f"joblib_memmapping_folder_{pid}_*", mark.name):
                 files.sweep(shared, left, hours=0)
-    if shared.is_dir():
-        mark = shared / f"kd-{files.owner()}-pool"
+    mark = shared / f"kdpool-{files.owner()}-mark"
+    with suppress(OSError):  # no such folder, or another user's mark
         mark.touch()
         atexit.register(mark.unlink, missing_ok=True)
 

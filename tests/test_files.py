@@ -93,13 +93,13 @@ def test_what_killed_pools_left_in_shared_memory_is_removed_and_what_living_ones
     ended = subprocess.Popen(["true"])
     ended.wait()
     dead, here = ended.pid, str(os.getpid())
-    held = {f"sem.loky-{here}-a", f"sem.loky-{dead}1-a", f"kd-{'0' * 8}-{dead}-pool", "other"}
-    names = {f"sem.loky-{dead}-a", f"kd-{files.owner().replace(here, str(dead))}-pool"}
+    held = {f"sem.loky-{here}-a", f"sem.loky-{dead}1-a", f"kdpool-{'0' * 8}-{dead}-mark", "other"}
+    names = {f"sem.loky-{dead}-a", f"kdpool-{files.owner().replace(f'-{here}', f'-{dead}')}-mark"}
     for name in held | names:
         (tmp_path / name).touch()
     (tmp_path / f"joblib_memmapping_folder_{dead}_b" / "deep").mkdir(parents=True)
     spread._mark_pool(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == held | {f"kd-{files.owner()}-pool"}
+    assert {path.name for path in tmp_path.iterdir()} == held | {f"kdpool-{files.owner()}-mark"}
     spread._mark_pool(tmp_path / "not there")
 
 

@@ -72,7 +72,9 @@ def test_provenance_counts_runs_commits_and_the_register(tmp_path, monkeypatch):
 
 def test_every_study_has_an_answer():
     for name in notebooks.studies():
-        assert len(pages.stored_lead(name)) > 20
+        assert re.match(r"\*\*[^*]+\?\*\* \S.{20}", pages.stored_lead(name)), (
+            "a question, its answer"
+        )
 
 
 def test_caveats_name_scales_and_what_survives_the_correction():
@@ -85,5 +87,6 @@ def test_caveats_name_scales_and_what_survives_the_correction():
     ]
     assert pages.caveats(rows) == (
         "Judged at the paper's scale: study a (1 of 2 claims); on smaller stand-ins: study 5, b; "
-        "not yet: study c. 1 of the 3 replicated survive a correction for many claims."
+        "not yet: study c. 1 of the 2 replicated with a p-value survive a correction for many "
+        "claims."
     )

@@ -111,7 +111,7 @@ def test_what_a_killed_ones_kernel_wrote_after_the_sweep_is_swept_at_the_end(mon
     ended = subprocess.Popen(["true"])
     ended.wait()
     with notebooks._kernel():
-        late = short / f"kd-{files.owner().replace(str(os.getpid()), str(ended.pid))}-late"
+        late = short / f"kd-{files.owner().replace(f'-{os.getpid()}', f'-{ended.pid}')}-late"
         late.mkdir()
     short.rmdir()  # which is empty
 

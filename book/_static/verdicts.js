@@ -269,10 +269,10 @@ const verdicts = (() => {
 
   function correction(rows, state) {
     if (state.correction === "none") return "";
-    const held = rows.filter((row) => row.verdict?.startsWith(REPLICATED));
-    const survive = held.filter((row) => row.holm === true).length;
+    const held = rows.filter((r) => r.verdict?.startsWith(REPLICATED) && r.holm !== null);
+    const survive = held.filter((row) => row.holm).length;
     const over = state.correction === "all" ? "all claims" : "their study’s claims";
-    return `${survive} of the ${held.length} replicated survive a correction for ${over}.`;
+    return `${survive} of the ${held.length} replicated with a p-value survive a correction for ${over}.`;
   }
 
   function settings(state) {
