@@ -79,7 +79,7 @@ def provenance(study: Study):
 
     if not study.records:
         return Markdown("No run has been published yet.")
-    kinds = {}
+    made, kinds = [record.content["made"] for record in study.records], {}
     for record in study.records:
         kinds.setdefault(record.content["run"], []).append(record.content["made"])
     listed = "; ".join(
@@ -87,7 +87,6 @@ def provenance(study: Study):
         f"source {', '.join(sorted({one['source'][:8] for one in of}))})"
         for name, of in sorted(kinds.items())
     )
-    made = [record.content["made"] for record in study.records]
     register = records.register(study.name)
     before = sum(one.get("register") == register for one in made)
     where = Counter(
