@@ -368,35 +368,6 @@ def parts(name: str, *, validation: int, batch_size: int, seed: int, device="cpu
     )
 
 
-AUGMENTATIONS = {  # what an epoch does to a picture, see Batches
-    "crops and flips": {"pad": 4, "flip": True},
-    "flips": {"pad": 0, "flip": True},
-    "none": {"pad": 0, "flip": False},
-}
-
-
-def image_parts(name: str, augmentation: str, **options) -> Parts:
-    """:func:`parts` whose training batches are augmented in one of the ways of AUGMENTATIONS.
-
-    Raises ValueError naming the allowed values when ``augmentation`` is not one of them.
-    """
-    if augmentation not in AUGMENTATIONS:
-        known = ", ".join(AUGMENTATIONS)
-        raise ValueError(f"unknown augmentation {augmentation!r}; augmentations: {known}")
-    found, dataset = parts(name, **options), load(name)
-    kept, _ = dataset.split(options["validation"])
-    shown = Batches(
-        dataset.x_train[kept],
-        dataset.y_train[kept],
-        statistics=dataset.statistics,
-        batch_size=options["batch_size"],
-        seed=options["seed"],
-        device=found.train.device,
-        **AUGMENTATIONS[augmentation],
-    )
-    return found._replace(train=shown)
-
-
 def thirds(labels: np.ndarray, seed: int) -> list[np.ndarray]:
     """Indices of 70, 15 and 15 % of each class, drawn by ``seed``: train, validation, test.
 

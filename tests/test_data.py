@@ -498,30 +498,3 @@ def test_get_on_a_full_disk_leaves_nothing_behind(tiny, own_folders, monkeypatch
     with pytest.raises(OSError, match="No space left"):
         data.get("tiny")
     assert list(own_folders.iterdir()) == []
-
-
-def test_image_parts_differ_in_their_training_views_alone():
-    options = {"validation": 200, "batch_size": 50, "seed": 3}
-    usual = data.parts("digits", **options)
-    for augmentation, (pad, flip) in {
-        "crops and flips": (4, True),
-        "flips": (0, True),
-        "none": (0, False),
-    }.items():
-        found = data.image_parts("digits", augmentation, **options)
-        assert (found.train.pad, found.train.flip) == (pad, flip)
-        assert np.array_equal(found.train.order(2), usual.train.order(2))
-        assert found.test.identity() == usual.test.identity()
-        assert found.validation.identity() == usual.validation.identity()
-    assert data.image_parts("digits", "crops and flips", **options).train.identity() == (
-        usual.train.identity()
-    )
-    plain = data.image_parts("digits", "none", **options).train
-    first, again = (next(iter(plain(epoch))) for epoch in (1, 1))
-    assert torch.equal(first.images, again.images)
-    assert plain.views(1).max() == 0
-
-
-def test_an_unknown_augmentation_is_refused_by_name():
-    with pytest.raises(ValueError, match="augmentations: crops and flips, flips, none"):
-        data.image_parts("digits", "mixup", validation=200, batch_size=50, seed=0)

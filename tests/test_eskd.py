@@ -2,8 +2,20 @@
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import special, stats
 
-from kdutils import notebooks, parameters
+from kdutils import data, losses, notebooks, parameters
+
+C = 100
+LABELS = torch.arange(7) * 13 % C
+
+
+def logits(seed=0, rows=7, classes=C):
+    return np.random.default_rng(seed).normal(0, 3.0, (rows, classes))
 
 
 @pytest.fixture(scope="module")
@@ -40,3 +52,87 @@ def test_the_sharp_teacher_differs_in_its_views_alone(names):
     s = {"dataset": "cifar10", "augmentation": p.augmentation}
     common = {"network": "resnet18", "seed": 0}
     assert key(common | s) != key(common | s | {"augmentation": p.sharp})
+
+
+# Views
+
+
+def test_parts_differ_in_their_training_views_alone(names):
+    options = {"validation": 200, "batch_size": 50}
+    usual = data.parts("digits", seed=3, **options)
+
+    def parts(augmentation):
+        return names["parts"](3, options | {"dataset": "digits", "augmentation": augmentation})
+
+    for augmentation, (pad, flip) in {
+        "crops and flips": (4, True),
+        "flips": (0, True),
+        "none": (0, False),
+    }.items():
+        found = parts(augmentation)
+        assert (found.train.pad, found.train.flip) == (pad, flip)
+        assert np.array_equal(found.train.order(2), usual.train.order(2))
+        assert found.test.identity() == usual.test.identity()
+        assert found.validation.identity() == usual.validation.identity()
+    assert parts("crops and flips").train.identity() == usual.train.identity()
+    plain = parts("none").train
+    first, again = (next(iter(plain(epoch))) for epoch in (1, 1))
+    assert torch.equal(first.images, again.images)
+    assert plain.views(1).max() == 0
+
+
+def test_an_unknown_augmentation_is_refused_by_name(names):
+    given = names["p"].model_dump() | {"augmentation": "mixup"}
+    said = "augmentation is 'mixup': input should be 'crops and flips', 'flips' or 'none'"
+    with pytest.raises(parameters.ParameterError, match=said):
+        names["Setting"].check(given)
+
+
+# Targets as soft as others
+
+
+@pytest.mark.parametrize("epsilon", [0.01, 0.1, 0.5])
+def test_smoothed_logits_train_like_label_smoothing(names, epsilon):
+    student = torch.tensor(logits())
+    smoothed = names["smoothed_logits"](LABELS, C, epsilon).double()
+    own = float(stats.entropy(smoothed.exp().numpy(), axis=1).mean())
+    expected = float(F.cross_entropy(student, LABELS, label_smoothing=epsilon))
+    assert float(losses.kd(student, smoothed, 1.0)) + own == pytest.approx(expected, rel=1e-5)
+    np.testing.assert_allclose(smoothed.exp().sum(1), 1, atol=1e-6)
+    assert (smoothed.argmax(1) == LABELS).all()
+
+
+@pytest.mark.parametrize("epsilon", [-0.1, 0, 1, 2, float("nan")])
+def test_an_epsilon_outside_0_to_1_is_named(names, epsilon):
+    with pytest.raises(ValueError, match=f"epsilon is {epsilon}"):
+        names["smoothed_logits"](LABELS, C, epsilon)
+
+
+@given(st.floats(1e-4, 0.999), st.integers(2, 200))
+def test_smoothing_for_entropy_inverts_the_entropy_of_smoothed_labels(names, epsilon, classes):
+    smoothed = np.full(classes, epsilon / classes)
+    smoothed[0] += 1 - epsilon
+    found = names["smoothing_for_entropy"](stats.entropy(smoothed), classes)
+    # Near 1 the entropy is flat in epsilon, as at a maximum: half the digits are lost.
+    assert found == pytest.approx(epsilon, rel=1e-9, abs=1e-9 / (1 - epsilon))
+
+
+@pytest.mark.parametrize("entropy", [-1, 0, np.log(10), 3])
+def test_an_entropy_no_smoothing_can_have_is_named(names, entropy):
+    with pytest.raises(ValueError, match="entropy is"):
+        names["smoothing_for_entropy"](entropy, 10)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.3, 100))
+def test_temperature_for_entropy_inverts_the_mean_entropy(names, seed, t):
+    z = logits(seed, rows=20, classes=10)
+    entropy = stats.entropy(special.softmax(z / t, axis=1), axis=1).mean()
+    assert names["temperature_for_entropy"](z, entropy) == pytest.approx(t, rel=1e-6)
+    single = torch.tensor(z, dtype=torch.float32)
+    assert names["temperature_for_entropy"](single, entropy) == pytest.approx(t, rel=1e-4)
+
+
+@pytest.mark.parametrize("entropy", [-0.1, 2.31, float("nan")])
+def test_an_entropy_no_temperature_can_give_is_named(names, entropy):
+    with pytest.raises(ValueError, match=f"mean entropy of {entropy}"):
+        names["temperature_for_entropy"](logits(rows=20, classes=10), entropy)

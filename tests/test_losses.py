@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import special, stats
+from scipy import special
 
 from kdutils import losses
 
@@ -150,50 +150,3 @@ def test_logits_of_different_shapes_are_refused_even_where_they_would_broadcast(
     student = torch.zeros(7, C)
     with pytest.raises(ValueError, match=r"student \(7, 100\), teacher \("):
         losses.kd(student, torch.zeros(shape))
-
-
-@pytest.mark.parametrize("epsilon", [0.01, 0.1, 0.5])
-def test_smoothed_logits_train_like_label_smoothing(epsilon):
-    student, _ = tensors()
-    smoothed = losses.smoothed_logits(LABELS, C, epsilon).double()
-    own = float(stats.entropy(smoothed.exp().numpy(), axis=1).mean())
-    expected = float(F.cross_entropy(student, LABELS, label_smoothing=epsilon))
-    assert float(losses.kd(student, smoothed, 1.0)) + own == pytest.approx(expected, rel=1e-5)
-    np.testing.assert_allclose(smoothed.exp().sum(1), 1, atol=1e-6)
-    assert (smoothed.argmax(1) == LABELS).all()
-
-
-@pytest.mark.parametrize("epsilon", [-0.1, 0, 1, 2, float("nan")])
-def test_an_epsilon_outside_0_to_1_is_named(epsilon):
-    with pytest.raises(ValueError, match=f"epsilon is {epsilon}"):
-        losses.smoothed_logits(LABELS, C, epsilon)
-
-
-@given(st.floats(1e-4, 0.999), st.integers(2, 200))
-def test_smoothing_for_entropy_inverts_the_entropy_of_smoothed_labels(epsilon, classes):
-    smoothed = np.full(classes, epsilon / classes)
-    smoothed[0] += 1 - epsilon
-    found = losses.smoothing_for_entropy(stats.entropy(smoothed), classes)
-    # Near 1 the entropy is flat in epsilon, as at a maximum: half the digits are lost.
-    assert found == pytest.approx(epsilon, rel=1e-9, abs=1e-9 / (1 - epsilon))
-
-
-@pytest.mark.parametrize("entropy", [-1, 0, np.log(10), 3])
-def test_an_entropy_no_smoothing_can_have_is_named(entropy):
-    with pytest.raises(ValueError, match="entropy is"):
-        losses.smoothing_for_entropy(entropy, 10)
-
-
-@given(seeds, st.floats(0.3, 100))
-def test_temperature_for_entropy_inverts_the_mean_entropy(seed, t):
-    z = logits(seed, rows=20, classes=10)
-    entropy = stats.entropy(special.softmax(z / t, axis=1), axis=1).mean()
-    assert losses.temperature_for_entropy(z, entropy) == pytest.approx(t, rel=1e-6)
-    single = torch.tensor(z, dtype=torch.float32)
-    assert losses.temperature_for_entropy(single, entropy) == pytest.approx(t, rel=1e-4)
-
-
-@pytest.mark.parametrize("entropy", [-0.1, 2.31, float("nan")])
-def test_an_entropy_no_temperature_can_give_is_named(entropy):
-    with pytest.raises(ValueError, match=f"mean entropy of {entropy}"):
-        losses.temperature_for_entropy(logits(rows=20, classes=10), entropy)
