@@ -6,9 +6,11 @@ import platform
 import re
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import platformdirs
 
@@ -26,13 +28,18 @@ def cache_folder(variable: str, name: str) -> Path:
 
 def write(path: Path, content: bytes | str) -> None:
     """Write ``content`` aside, then put it in place: ``path`` holds the old or the new, whole."""
-    path = Path(path)
+    with replacing(Path(path)) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of ``path`` when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = content.encode() if isinstance(content, str) else content
     partial = path.with_name(f"{path.name}.{owner()}-{time.monotonic_ns()}.partial")
     try:
         with open(partial, "xb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import re
 import tempfile
 import zipfile
@@ -211,13 +210,9 @@ def _write(name, source, size, called, decode) -> tuple[Path, list[str]]:
         unread = f"; {len(skipped)} were skipped, first {skipped[0]}" if skipped else ""
         raise DataError(f"{source} was not imported: it has {text}, and both are needed{unread}")
     path = data.folder() / f"{name}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
     files.sweep(path.parent)
     arrays = {"x_all": images, "y_all": labels, "names": CLASSES}
     arrays |= {"fingerprint": data.fingerprint(images, labels), "skipped": np.array(skipped, str)}
-    own = {"dir": path.parent, "prefix": f"{files.owner()}-", "suffix": ".partial"}
-    with tempfile.TemporaryDirectory(**own) as scratch:  # swept, if this is killed
-        partial = Path(scratch) / "whole.npz"
-        np.savez(partial, **arrays)
-        os.replace(partial, path)
+    with files.replacing(path) as file:
+        np.savez(file, **arrays)
     return path, skipped

@@ -26,10 +26,6 @@ class WorkerLost(RuntimeError):
     """A worker process ended in the middle of a run."""
 
 
-class _Told(BaseException):
-    """A worker was told to end, and is in the middle of a run."""
-
-
 class Plan:
     """All runs that a command has to train, as far as is known, and one bar for them.
 
@@ -225,8 +221,9 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
             "a worker was killed, most often for want of memory; what is finished is kept, and the "
             "same command goes on (fewer workers need less memory)"
         ) from None
-    except BaseException:  # an interruption, above all: leave no process behind
-        _end(pool)
+    except BaseException:  # an interruption, above all: leave no process and no half file behind
+        pool.shutdown(kill_workers=True)
+        files.sweep(run.study.folder, "*/*.partial")
         raise
 
 
@@ -246,39 +243,18 @@ def _mark_pool(shared=Path("/dev/shm")) -> None:
 
 
 def _begin(parent: int) -> None:
-    """In a worker: end, leaving no half file, when told to or when the parent has ended.
+    """In a worker: end when the parent has ended.
 
-    Ctrl-C reaches all processes of a terminal; it is the parent that then tells its workers.
+    Ctrl-C reaches all processes of a terminal; it is the parent that then ends its workers.
     """
-
-    def stop(*_):
-        if _ONE_AT_A_TIME.locked():
-            raise _Told  # so that what was being written is removed
-        os._exit(143)
 
     def watch():
         while os.getppid() == parent:
             time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(10)
         os._exit(143)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, stop)
     threading.Thread(target=watch, daemon=True).start()
-
-
-def _end(pool) -> None:
-    """End the workers, which get five seconds to tidy up."""
-    import multiprocessing
-
-    own = multiprocessing.active_children()
-    for process in own:
-        process.terminate()
-    last = time.monotonic() + 5
-    while any(process.is_alive() for process in own) and time.monotonic() < last:
-        time.sleep(0.05)
-    pool.shutdown(kill_workers=True)
 
 
 def _compute(run, share: int | None, arguments: dict) -> dict:
@@ -290,7 +266,4 @@ def _compute(run, share: int | None, arguments: dict) -> dict:
             ctypes.CDLL(None).mallopt(option, value)
     with _ONE_AT_A_TIME:
         run.study.sharing = share
-        try:
-            return run.compute(arguments).content
-        except _Told:
-            os._exit(143)
+        return run.compute(arguments).content

@@ -4,9 +4,7 @@ Knows files and batches of clips; knows no networks and no losses.
 """
 
 import hashlib
-import os
 import re
-import tempfile
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
@@ -98,6 +96,7 @@ def drawn(
     path = data.folder() / f"scenes-{name}.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
+        files.sweep(path.parent)
         if path.exists():
             try:
                 with np.load(path) as kept:
@@ -107,10 +106,8 @@ def drawn(
                 files.set_aside(path, str(error))
         found = _draw(*wanted, jobs)
         named = [(i, *item) for i in range(3) for item in found[i]._asdict().items()]
-        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-            partial = Path(scratch) / "whole.npz"
-            np.savez(partial, **{f"{k}_{i}": values for i, k, values in named})
-            os.replace(partial, path)
+        with files.replacing(path) as file:
+            np.savez(file, **{f"{k}_{i}": values for i, k, values in named})
     return found
 
 
