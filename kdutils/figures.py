@@ -1,5 +1,6 @@
 """The recurring plots. They know DataFrames, one row a run (and epoch), and nothing else."""
 
+from collections import Counter
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -85,15 +86,15 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
         ax.vlines([0, 1], y - 0.1, y + 0.22, ["black", "grey"], ["-", "--"], linewidth=0.9)
         if row["margins"] is None:
             continue
-        mean, low, high = (_clipped(row["margins"][k], reach) for k in ("mean", "low", "high"))
-        ax.plot([low, high], [y + 0.06] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
-        edge = {-reach: "<", reach: ">"}.get(mean, marker)
+        drawn = {k: max(-reach, min(reach, v)) for k, v in row["margins"].items() if v is not None}
+        span, arrows = [drawn["low"], drawn["high"]], {-reach: "<", reach: ">"}
+        ax.plot(span, [y + 0.06] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
+        edge = arrows.get(drawn["mean"], marker)
         hollow = {"markerfacecolor": "white"} if row["verdict"] == "inconclusive" else {}
-        ax.plot(mean, y + 0.06, edge, color=colour, markersize=8, **hollow)
-        if row["margins"]["effect"] is not None:
-            effect = _clipped(row["margins"]["effect"], reach)
-            edge = {-reach: "<", reach: ">"}.get(effect, "D")
-            ax.plot(effect, y + 0.06, edge, markerfacecolor="none", color="black", markersize=7)
+        ax.plot(drawn["mean"], y + 0.06, edge, color=colour, markersize=8, **hollow)
+        if "effect" in drawn:
+            at, edge = (drawn["effect"], y + 0.06), arrows.get(drawn["effect"], "D")
+            ax.plot(*at, edge, markerfacecolor="none", color="black", markersize=7)
     ax.set(ylim=(len(rows) - 0.45, -0.55), xlim=(-reach - 0.1, reach + 0.1), yticks=[])
     ax.set_xlabel("beyond the bound, in margins  (◇ the paper's effect)", size=9)
     ax.tick_params(labelsize=9)
@@ -102,26 +103,21 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
     return ax
 
 
-def _clipped(value: float, reach: float) -> float:
-    return max(-reach, min(reach, value))
-
-
 def tally(rows: list[dict]) -> plt.Axes:
     """One bar a study (:func:`claims.judged`): how many of its claims have which word."""
     studies = list(dict.fromkeys(row["study"] for row in rows))
     ax = plt.subplots(figsize=(4.4, 0.46 * len(studies) + 1.2))[1]
-    start = dict.fromkeys(studies, 0)
+    start = Counter()
     for word, (colour, _) in SIGNS.items():
-        names = [row["study"] for row in rows if row["verdict"] == word]
-        for y, study in enumerate(studies):
-            if count := names.count(study):
-                ax.barh(y, count, left=start[study], color=colour, edgecolor="white", height=0.72)
-                tint = "white" if word == "replicated" else "black"
-                middle, told = start[study] + count / 2, str(count) * (count > len(rows) / 100)
-                ax.text(middle, y, told, ha="center", va="center", size=11, color=tint)
-                start[study] += count
-        if names:
+        if counts := Counter(row["study"] for row in rows if row["verdict"] == word):
+            at = [studies.index(study) for study in counts]
+            look = {"left": [start[study] for study in counts], "color": colour, "height": 0.72}
+            bars = ax.barh(at, list(counts.values()), edgecolor="white", **look)
+            told = [str(n) * (n > len(rows) / 100) for n in counts.values()]
+            tint = "white" if word == "replicated" else "black"
+            ax.bar_label(bars, told, label_type="center", size=11, color=tint)
             ax.plot([], [], "s", color=colour, markersize=10, label=word or "no verdict")
+            start += counts
     ax.set(yticks=range(len(studies)), yticklabels=studies, xticks=[])
     ax.set(ylim=(len(studies) - 0.5, -0.5), xlim=(0, max(start.values(), default=1)))
     ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=11)

@@ -149,25 +149,21 @@ def _kernel() -> Iterator[type]:
 
 def _short_folder() -> Path:
     """A new folder for a kernel, where paths are short enough for sockets (about 100 bytes)."""
-    places = [p for p in (tempfile.gettempdir(), "/tmp", "/var/tmp") if len(os.fsencode(p)) < 60]
-    for place in places:
-        files.sweep(place, "kd-*", hours=30 * 24)
-        with suppress(OSError):
-            return Path(tempfile.mkdtemp(prefix=f"kd-{files.owner()}-", dir=place))
-    raise NotebookFailed("no folder for temporary files can be written: point $TMPDIR at one")
+    usual = tempfile.gettempdir()  # one that can be written
+    place = usual if len(os.fsencode(usual)) < 60 else "/tmp"
+    files.sweep(place, "kd-*", hours=30 * 24)
+    return Path(tempfile.mkdtemp(prefix=f"kd-{files.owner()}-", dir=place))
 
 
 def _end(process) -> None:
     """End a kernel's process group, which its workers belong to, politely first."""
     for signum in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(OSError):  # none is left
             os.killpg(process.pid, signum)
             for _ in range(30):
                 process.poll()
                 os.killpg(process.pid, 0)
                 time.sleep(0.1)
-        except OSError:  # none is left
-            return
 
 
 def sync(study: str = "") -> list[Path]:

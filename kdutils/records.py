@@ -197,8 +197,20 @@ def _definition(function: Callable) -> ast.AST:
 
 @functools.cache
 def _parsed(text: str) -> ast.Module:
-    """The text's plain tree: always the same object, to be read and not changed."""
-    return _plain(ast.parse(text))
+    """The text's tree without docstrings, and as if the package's rooms lay beside the others.
+
+    So they did when runs that are still shown were published. Always the same object, to be read
+    and not changed.
+    """
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            node.module = node.module.replace(f".{PACKAGE}", "")
+        if isinstance(body := getattr(node, "body", None), list):
+            match body:
+                case [ast.Expr(ast.Constant(str())), _, *_]:
+                    body.pop(0)
+    return tree
 
 
 @functools.cache
@@ -222,21 +234,6 @@ def _shape(part) -> str:
         fields = [f"{k}={_shape(v)}" for k, v in ast.iter_fields(part) if v is not None and v != []]
         return f"{type(part).__name__}({', '.join(fields)})"
     return f"[{', '.join(map(_shape, part))}]" if isinstance(part, list) else repr(part)
-
-
-def _plain(tree: ast.AST) -> ast.AST:
-    """The tree without docstrings, and as if the package's rooms lay beside the others.
-
-    So they did when runs that are still shown were published.
-    """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            node.module = node.module.replace(f".{PACKAGE}", "")
-        if isinstance(body := getattr(node, "body", None), list):
-            match body:
-                case [ast.Expr(ast.Constant(str())), _, *_]:
-                    body.pop(0)
-    return tree
 
 
 def commit() -> str:

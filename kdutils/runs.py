@@ -205,9 +205,8 @@ class RunFunction:
         places = [folder / "record.json"] if self.study.train else []
         if self.study.published:
             places.append(self.study.published / f"{folder.name}.json")
-        for content in filter(None, map(records.read, places)):
-            return Record(content, folder, self)
-        return None
+        content = next(filter(None, map(records.read, places)), None)
+        return Record(content, folder, self) if content else None
 
     def __call__(self, **arguments) -> Record:
         """The run's record, computed now if there is none."""
