@@ -192,10 +192,9 @@ def sync(study: str = "") -> list[Path]:
         if path.exists():  # cells that stay keep their ids
             old = nbformat.read(path, as_version=4)
             notebook = combine_inputs_with_outputs(notebook, old, fmt="ipynb")
-        resources = {"metadata": {"path": str(FOLDER)}}
+        options = {"resources": {"metadata": {"path": str(FOLDER)}}, "record_timing": False}
         with _kernel() as kernel:
-            options = {"resources": resources, "kernel_manager_class": kernel}
-            client = NotebookClient(notebook, record_timing=False, **options)
+            client = NotebookClient(notebook, kernel_manager_class=kernel, **options)
             try:
                 with client.setup_kernel():  # client.execute() would take signals for itself
                     told = client.wait_for_reply(client.kc.kernel_info())["content"]

@@ -25,11 +25,10 @@ NotEmpty = MinLen(1)
 
 
 def _engine(value: str) -> str:
-    if value in ("serial", "processes"):
-        return value
-    if value != "dask" and "://" not in value:
+    dask = value == "dask" or "://" in value
+    if not dask and value not in ("serial", "processes"):
         raise ValueError("it must be serial, processes, dask or the address of a Dask scheduler")
-    if importlib.util.find_spec("distributed") is None:
+    if dask and importlib.util.find_spec("distributed") is None:
         raise ValueError("it needs the extra `cluster` (pip install -e '.[cluster]')")
     return value
 

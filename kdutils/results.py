@@ -4,7 +4,7 @@ A frame is what :meth:`runs.Study.map` returns: one row a run and epoch, with th
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
@@ -74,8 +74,8 @@ def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
         rows = rows.sort_values("epoch").groupby("key").tail(1)
     if not len(rows):
         return NOTHING
-    if rows.seed.duplicated().any():
-        raise ValueError(_twice(rows.seed[rows.seed.duplicated()].iloc[0], chosen))
+    for seed in rows.seed[rows.seed.duplicated()]:
+        raise ValueError(f"seed {seed} has several runs; name what sets them apart ({chosen})")
     found = {row.seed: _at(row, path, frame) for _, row in rows.iterrows()}
     values = {seed: float(value) for seed, (value, _) in found.items()}
     return Found(pd.Series(values), {seed: [source] for seed, (_, source) in found.items()})
@@ -108,10 +108,6 @@ def of_rows(function: Callable[..., float], frame: pd.DataFrame, by: str, *paths
     return Found(pd.Series(values, dtype=float), sources, function.__name__)
 
 
-def _twice(seed: int, chosen: dict) -> str:
-    return f"seed {seed} has several runs; name what sets them apart ({chosen})"
-
-
 def curve(frame: pd.DataFrame, column: str = "test_accuracy", **chosen) -> dict[int, tuple]:
     """A column's values after every epoch, and their source, by seed of the rows chosen.
 
@@ -120,7 +116,7 @@ def curve(frame: pd.DataFrame, column: str = "test_accuracy", **chosen) -> dict[
     frame, found = rows_of(frame, **chosen), {}
     for (seed, key), rows in frame.groupby(["seed", "key"]) if len(frame) else ():
         if seed in found:
-            raise ValueError(_twice(seed, chosen))
+            raise ValueError(f"seed {seed} has several runs; name what sets them apart ({chosen})")
         values = rows.sort_values("epoch")[column].tolist()
         found[seed] = (values, (key, f"history/*/{column}", values))
     return found
@@ -149,18 +145,3 @@ def _by_seed(function: Callable[..., float], each: list[dict]) -> tuple[pd.Serie
     values = {s: round(float(function(*(one[s][0] for one in each))), 10) for s in seeds}
     sources = {s: [source for one in each for source in one[s][1]] for s in seeds}
     return pd.Series(values, dtype=float), sources
-
-
-def chosen(held: Mapping[str, Found], test: Mapping[str, Found]) -> tuple[Found, dict[int, str]]:
-    """For each seed, the candidate that is best on held-out pictures in the *other* seeds.
-
-    The better of two runs of one seed would be partly lucky. Returns the test values and, by seed,
-    the names chosen; candidates without all seeds, and seeds without all candidates, drop.
-    """
-    table = pd.DataFrame({name: found.values for name, found in held.items()}).dropna()
-    if len(table) < 2:
-        return NOTHING, {}
-    names = {seed: table.drop(seed).mean().idxmax() for seed in table.index}
-    values = {seed: test[name].values[seed] for seed, name in names.items()}
-    sources = {seed: test[name].sources[seed] for seed, name in names.items()}
-    return Found(pd.Series(values), sources), names

@@ -213,9 +213,7 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
         waiting = {pool.submit(_compute, run, share, arguments) for arguments in missing}
         while waiting:
             ended, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in ended)
-            if not ended:
-                yield None
+            yield from (future.result() for future in ended) if ended else [None]
     except BrokenProcessPool:
         raise WorkerLost(
             "a worker was killed, most often for want of memory; what is finished is kept, and the "

@@ -304,17 +304,6 @@ def test_a_function_of_curves_has_its_name():
         results.curve(frame())
 
 
-def test_the_chosen_one_is_best_held_out_in_the_other_seeds():
-    held = {"x": found(0.9, 0.1, 0.1), "y": found(0.5, 0.5, 0.5)}
-    test = {"x": found(1, 2, 3), "y": found(10, 20, 30)}
-    best, names = results.chosen(held, test)
-    # Without seed 0, x has 0.1 and y 0.5; without seed 1 or 2 both have 0.5, and the first wins.
-    assert names == {0: "y", 1: "x", 2: "x"}
-    assert best.values.to_dict() == {0: 10, 1: 2, 2: 3}
-    assert best.sources[1] == test["x"].sources[1]
-    assert results.chosen({"x": found(1), "y": found(1)}, test) == (results.NOTHING, {})
-
-
 # -------------------------------------------------------------------------- a stranger's check
 
 

@@ -1,6 +1,7 @@
 """Study 3: what its claims are made of, against hand-computed numbers."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from kdutils import data, losses, notebooks, parameters
+from kdutils import data, losses, notebooks, parameters, results
 
 C = 100
 LABELS = torch.arange(7) * 13 % C
@@ -37,6 +38,25 @@ def test_while_taught_is_the_mean_over_the_taught_epochs(names):
 def test_falling_counts_a_seed_by_its_larger_correlation(names):
     assert names["falling"]([3.0, 2.0, 1.0]) == pytest.approx(-1)
     assert names["falling"]([3.0, 2.0, 1.0], [1.0, 3.0, 2.0]) == pytest.approx(0.5)
+
+
+def found(*values):
+    series = pd.Series(dict(enumerate(values)), dtype=float)
+    return results.Found(series, {k: [(f"k{k}", "accuracy", v)] for k, v in series.items()})
+
+
+def test_the_chosen_one_is_best_held_out_in_the_other_seeds(names):
+    held = {"x": found(0.9, 0.1, 0.1), "y": found(0.5, 0.5, 0.5)}
+    test = {"x": found(1, 2, 3), "y": found(10, 20, 30)}
+    best, chosen = names["best_elsewhere"](held, test)
+    # Without seed 0, x has 0.1 and y 0.5; without seed 1 or 2 both have 0.5, and the first wins.
+    assert chosen == {0: "y", 1: "x", 2: "x"}
+    assert best.values.to_dict() == {0: 10, 1: 2, 2: 3}
+    assert best.sources[1] == test["x"].sources[1]
+    for few in (found(1), results.NOTHING):
+        best, chosen = names["best_elsewhere"]({"x": few, "y": few}, test)
+        assert best.values.empty
+        assert best.sources == chosen == {}
 
 
 def test_a_judged_seed_is_no_calibration_seed(names):
