@@ -195,20 +195,6 @@ def save_weights(network: nn.Module, path: Path) -> None:
     files.write(path, st.save({k: v.contiguous() for k, v in network.state_dict().items()}))
 
 
-def keep_best(network: nn.Module, path: Path, value: float) -> bool:
-    """Save the network's weights in ``path`` unless those there have at least this ``value``.
-
-    Says whether it did. The value lies in the file, so an interrupted training goes on comparing.
-    """
-    if path.exists():
-        with safe_open(path, framework="pt") as file:
-            if value <= float(file.metadata()["value"]):
-                return False
-    tensors = {key: tensor.contiguous() for key, tensor in network.state_dict().items()}
-    files.write(path, st.save(tensors, metadata={"value": repr(value)}))
-    return True
-
-
 def keras_adam(parameters: Iterable, lr: float, decay: float = 0.0) -> torch.optim.Adam:
     """torch's Adam, stepping as Keras 2 does: at step t from 1 with the rate lr / (1 + d (t − 1)).
 

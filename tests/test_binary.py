@@ -180,12 +180,12 @@ def test_steps_are_counted_on_after_a_resumption():
 # Best weights
 
 
-def test_the_best_weights_stay_and_know_their_value(tmp_path):
+def test_the_best_weights_stay_and_know_their_value(study, tmp_path):
     network, path = torch.nn.Linear(2, 1), tmp_path / "best.safetensors"
     kept = []
     for value, better in ((0.5, True), (0.5, False), (0.4, False), (0.7, True), (0.6, False)):
         torch.nn.init.normal_(network.weight)
-        assert train.keep_best(network, path, value) == better
+        assert study["keep_best"](network, path, value) == better
         kept += [network.weight.detach().clone()] if better else []
     again = train.load_weights(torch.nn.Linear(2, 1), path)
     assert torch.equal(again.weight, kept[-1])
