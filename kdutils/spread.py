@@ -199,6 +199,7 @@ def _contents(run, missing: list[dict], share: int) -> Iterator[dict | None]:
 
 
 def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]:
+    import multiprocessing
     from concurrent.futures import FIRST_COMPLETED, wait
     from concurrent.futures.process import BrokenProcessPool
 
@@ -220,6 +221,9 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
             "same command goes on (fewer workers need less memory)"
         ) from None
     except BaseException:  # an interruption, above all: leave no process and no half file behind
+        for process in multiprocessing.active_children():
+            process.terminate()
+            process.join(5)  # else the last line is at times a warning of joblib's
         pool.shutdown(kill_workers=True)
         files.sweep(run.study.folder, "*/*.partial")
         raise
