@@ -53,6 +53,8 @@ def measure(whole: bool) -> dict:
             found["smoke"][study] = seconds(anew, **runs)
             print(study, found["read"][study], found["smoke"][study], flush=True)
     if whole:
+        for built in ("html", ".doctrees"):  # else only what changed is built
+            shutil.rmtree(ROOT / "_build" / built, ignore_errors=True)
         for verb in ("book", "test"):
             found["whole"][f"make {verb}"] = seconds(["make", verb])
         page = ROOT / "_build" / "html" / "notebooks" / "verdicts.html"
