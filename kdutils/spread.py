@@ -19,6 +19,9 @@ from pathlib import Path
 
 from kdutils import files, records
 
+# What removes a stopped pool's leftovers outlives us, and would warn after our last line if some
+# were gone already; it is begun with our options.
+_QUIET = "ignore:resource_tracker:UserWarning"
 _ONE_AT_A_TIME = threading.Lock()  # a process has one random state and one number of threads
 
 
@@ -206,6 +209,8 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
     from joblib.executor import get_memmapping_executor  # joblib's own: a page may use both
 
     _mark_pool()
+    if _QUIET not in sys.warnoptions:
+        sys.warnoptions.append(_QUIET)
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     threads = dict.fromkeys(names, str(run.study.threads))
     begin = {"initializer": _begin, "initargs": (os.getpid(),), "env": threads, "timeout": 300}

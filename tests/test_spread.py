@@ -293,6 +293,17 @@ def test_stopped_it_says_so_leaves_no_process_and_goes_on_from_the_last_epoch(ti
     assert len(made("network")) == 2
 
 
+def test_what_a_pool_leaves_is_removed_without_a_word_after_the_last_line(tiny):
+    gone = "\nimport atexit\nfrom joblib.externals.loky.backend import resource_tracker"
+    gone += "\natexit.register(resource_tracker.register, '/gone/already', 'folder')"
+    notebook(tiny, DEFINE + SLOW, "study.map(network, grid(seed=seeds))" + gone)
+    words = ["train", "tiny", "--scale", "laptop", "--workers", "1", "-p", "engine=processes"]
+    command = [sys.executable, "-c", KDUTILS, str(tiny), *words]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=240)
+    assert ended.returncode == 0, ended.stderr
+    assert "resource_tracker" not in ended.stderr
+
+
 def _logs() -> list[list[int]]:
     """Of each run the epochs that its steps were of."""
     paths = (records.runs_folder() / "tiny").glob("network-*/log")
