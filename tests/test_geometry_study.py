@@ -429,7 +429,7 @@ WRONG = {
     "student_network": ("vgg", "string should match pattern"),
     "stride": (3, "less than or equal to 2"),
     "coefficients": ({"logit": 1.0}, "has none for 'feature'"),
-    "worse_epochs": ([2], "must not hold better_epochs"),
+    "worse_epochs": ([2, 1], "must rise"),
     "choice_seeds": ([7, 1], "must not hold 1 of seeds"),
     "balanced": ([8], "at least 2 items"),
     "factor": (1.0, "greater than 1"),
