@@ -31,9 +31,10 @@ class Pair:
 
 
 @lru_cache(maxsize=1)
-def pair(name: str, classes: tuple[str, str]) -> Pair:
+def pair(name: str, classes: tuple[str, str], size: int | None = None) -> Pair:
     """The pictures of two classes of a dataset, all its splits together, in its own order.
 
+    With a ``size``, of as many pixels in each direction (:func:`nearest`).
     Raises :class:`DataError` as :func:`data.load` does, and when there is no such class.
     """
     images, labels, known = _heap(name)
@@ -44,7 +45,15 @@ def pair(name: str, classes: tuple[str, str]) -> Pair:
     chosen = of | (labels == known.index(classes[0]))
     if not chosen.all():
         images, of = images[chosen], of[chosen]
+    if size and images.shape[1:3] != (size, size):
+        images = nearest(images, size)
     return Pair(images, of.astype(np.uint8), tuple(classes))
+
+
+def nearest(images: np.ndarray, size: int) -> np.ndarray:
+    """Pictures (N, H, W, 3) as (N, size, size, 3), by the nearest pixel as in :func:`collect`."""
+    down, right = (((np.arange(size) + 0.5) * n / size).astype(int) for n in images.shape[1:3])
+    return images[:, down[:, None], right]
 
 
 def _heap(name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
