@@ -41,13 +41,11 @@ def pair(name: str, classes: tuple[str, str], size: int | None = None) -> Pair:
     for wanted in classes:
         if wanted not in known:
             raise DataError(f"{name} has no class {wanted!r}; classes: {', '.join(known)}")
-    of = labels == known.index(classes[1])
-    chosen = of | (labels == known.index(classes[0]))
+    chosen = np.isin(labels, [known.index(wanted) for wanted in classes])
     if not chosen.all():
-        images, of = images[chosen], of[chosen]
-    if size and images.shape[1:3] != (size, size):
-        images = nearest(images, size)
-    return Pair(images, of.astype(np.uint8), tuple(classes))
+        images, labels = images[chosen], labels[chosen]
+    images = nearest(images, size) if size else images
+    return Pair(images, (labels == known.index(classes[1])).astype(np.uint8), tuple(classes))
 
 
 def nearest(images: np.ndarray, size: int) -> np.ndarray:

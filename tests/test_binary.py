@@ -1,4 +1,4 @@
-"""Study 4: its formulas, its optimizer, its shifts and split, and chains that go on."""
+"""Study 4: its formulas, its optimizer, its shifts and split, its gate, and chains that go on."""
 
 import json
 import math
@@ -9,16 +9,17 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+from scipy import stats
 
-from kdutils import claims, data, metrics, notebooks, records, train
+from kdutils import claims, models, notebooks, pictures, records, runs, train
 
-PAGE = notebooks.FOLDER / "4-binary.md"
-BYTES = (np.zeros(3), np.full(3, 255.0))
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
 
@@ -34,8 +35,8 @@ def study():
 # Formulas
 
 
-def test_accuracy_uncertainty_and_loss_by_hand():
-    found = metrics.binary(logit([0.9, 0.5, 0.2, 0.6]), torch.tensor([1.0, 0.5, 0.7, 0.4]))
+def test_accuracy_uncertainty_and_loss_by_hand(study):
+    found = study["measured"](logit([0.9, 0.5, 0.2, 0.6]), torch.tensor([1.0, 0.5, 0.7, 0.4]))
     # Right: 0.9 with 1; 0.5 with 0.5, both not above it. Wrong: 0.2 with 0.7, 0.6 with 0.4.
     assert found["accuracy"] == 0.5
     assert found["uncertainty"] == pytest.approx((0.01 + 0.25 + 0.04 + 0.16) / 4)
@@ -45,34 +46,28 @@ def test_accuracy_uncertainty_and_loss_by_hand():
 
 
 @given(probabilities, st.data())
-def test_accuracy_is_formula_11_for_real_labels(p, draw):
+def test_accuracy_is_formula_11_for_real_labels(study, p, draw):
     y = draw.draw(st.lists(st.floats(0, 1), min_size=len(p), max_size=len(p)))
     z = logit(p)
     p = z.sigmoid().tolist()  # what is left of p after going there and back
     same = [(a > 0.5 and b > 0.5) or (a <= 0.5 and b <= 0.5) for a, b in zip(p, y, strict=True)]
     labels = torch.tensor(y, dtype=torch.float64)
     if z.isfinite().all():
-        assert metrics.binary(z, labels)["accuracy"] == pytest.approx(np.mean(same))
+        assert study["measured"](z, labels)["accuracy"] == pytest.approx(np.mean(same))
 
 
 @given(probabilities)
-def test_uncertainty_is_between_0_and_a_quarter_and_blind_to_a_swap_of_classes(p):
-    found = metrics.uncertainty(torch.tensor(p, dtype=torch.float64))
+def test_uncertainty_is_between_0_and_a_quarter_and_blind_to_a_swap_of_classes(study, p):
+    found = study["uncertainty"](torch.tensor(p, dtype=torch.float64))
     assert 0 <= found <= 0.25
-    swapped = metrics.uncertainty(1 - torch.tensor(p, dtype=torch.float64))
+    swapped = study["uncertainty"](1 - torch.tensor(p, dtype=torch.float64))
     assert found == pytest.approx(swapped, abs=1e-12)
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1), st.floats(1e-6, 1 - 1e-6))
-def test_uncertainty_is_0_only_where_all_are_sure(sure, other):
-    assert metrics.uncertainty(torch.tensor(sure)) == 0
-    assert metrics.uncertainty(torch.tensor([*sure, other], dtype=torch.float64)) > 0
-
-
-@pytest.mark.parametrize("wrong", [-0.1, 1.5, float("nan")])
-def test_a_label_outside_0_to_1_is_named(wrong):
-    with pytest.raises(ValueError, match=f"a label is {wrong:g}; labels must lie between 0 and 1"):
-        metrics.binary(torch.zeros(3), torch.tensor([0.0, wrong, 1.0]))
+def test_uncertainty_is_0_only_where_all_are_sure(study, sure, other):
+    assert study["uncertainty"](torch.tensor(sure)) == 0
+    assert study["uncertainty"](torch.tensor([*sure, other], dtype=torch.float64)) > 0
 
 
 def test_hard_and_soft_labels_by_hand(study):
@@ -87,11 +82,11 @@ def test_hard_and_soft_labels_by_hand(study):
 def test_the_temperature_found_gives_the_uncertainty_wanted(study, seed, wanted):
     z = torch.as_tensor(np.random.default_rng(seed).normal(0, 3, 50))
     found = study["temperature_for"](z, wanted)
-    assert metrics.uncertainty((z / found).sigmoid()) == pytest.approx(wanted, abs=1e-6)
+    assert study["uncertainty"]((z / found).sigmoid()) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_no_temperature_helps_where_nothing_is_known(study):
-    with pytest.raises(ValueError, match="no temperature gives these logits"):
+    with pytest.raises(ValueError, match="must have different signs"):
         study["temperature_for"](torch.zeros(5), 0.1)
 
 
@@ -102,7 +97,11 @@ def test_bins_count_every_prediction_and_the_last_one_holds_1(study):
     assert found["count"][0] == found["count"][2] == found["count"][-1] == 1
     assert found["count"][10] == 2
     assert sum(found["second"]) == 3
-    assert sum(found["sum"]) == pytest.approx(float(z.double().sigmoid().sum()))
+    p = z.double().sigmoid()
+    assert sum(found["sum"]) == pytest.approx(float(p.sum()))
+    # One prediction a bin but for two, one of each class, in the bin from 0.5.
+    off = [p[0], p[1] - 1, p[2] + p[3] - 1, p[4] - 1]
+    assert found["ece"] == pytest.approx(float(sum(abs(x) for x in off)) / 5)
 
 
 # Adam
@@ -177,31 +176,17 @@ def test_steps_are_counted_on_after_a_resumption():
     torch.testing.assert_close(part, whole, rtol=0, atol=0)
 
 
-# Best weights
-
-
-def test_the_best_weights_stay_and_know_their_value(study, tmp_path):
-    network, path = torch.nn.Linear(2, 1), tmp_path / "best.safetensors"
-    kept = []
-    for value, better in ((0.5, True), (0.5, False), (0.4, False), (0.7, True), (0.6, False)):
-        torch.nn.init.normal_(network.weight)
-        assert study["keep_best"](network, path, value) == better
-        kept += [network.weight.detach().clone()] if better else []
-    again = train.load_weights(torch.nn.Linear(2, 1), path)
-    assert torch.equal(again.weight, kept[-1])
-
-
 # Shifts
 
 
-def shifted(n=30, size=10, **options):
+def shifted(study, n=30, size=10, shift=0.4, **options):
     images = np.random.default_rng(5).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-    options = {"statistics": BYTES, "batch_size": 7, "seed": 3, "shift": 0.4} | options
-    return images, data.Shifted(images, np.arange(n) % 2, **options)
+    options = {"batch_size": 7, "seed": 3} | options
+    return images, study["shifted"](images, np.arange(n) % 2, shift, **options)
 
 
-def test_shifted_pictures_equal_a_slow_reference_exactly():
-    images, of = shifted()
+def test_shifted_pictures_equal_a_slow_reference_exactly(study):
+    images, of = shifted(study)
     views = of.views(5)
     seen = []
     for batch in of(5):
@@ -221,47 +206,52 @@ def test_shifted_pictures_equal_a_slow_reference_exactly():
     assert views[1:].max() == 8
 
 
-def test_a_shift_of_0_without_a_flip_is_the_picture():
-    images, of = shifted(shift=0.0, flip=False, shuffle=False, batch_size=30)
+def test_a_shift_of_0_flips_and_does_nothing_else(study):
+    images, of = shifted(study, shift=0.0, shuffle=False, batch_size=30)
     (batch,) = of(1)
+    flipped = of.views(1)[0].astype(bool)
+    assert 0 < flipped.sum() < 30
+    images[flipped] = images[flipped, :, ::-1]
     expected = images.transpose(0, 3, 1, 2).astype(np.float32) / 255
     np.testing.assert_allclose(batch.images.numpy(), expected, atol=1e-7)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_shifted_views_depend_on_no_batch_and_differ_between_epochs():
+def test_shifted_views_depend_on_no_batch_and_differ_between_epochs(study):
     def by_image(of, epoch):
         out = torch.empty(30, 3, 10, 10)
         for batch in of(epoch):
             out[batch.index] = batch.images
         return out
 
-    one, other = shifted()[1], shifted(batch_size=30, shuffle=False)[1]
+    one, other = shifted(study)[1], shifted(study, batch_size=30, shuffle=False)[1]
     assert torch.equal(by_image(one, 2), by_image(other, 2))
     assert not torch.equal(by_image(one, 2), by_image(one, 3))
 
 
-def test_shifted_batches_are_told_apart_from_cropped_ones():
-    images, of = shifted()
-    labels = np.arange(30) % 2
-    cropped = data.Batches(images, labels, statistics=BYTES, batch_size=7, seed=3, pad=4)
-    found = {of.identity(), cropped.identity(), shifted(shift=0.3)[1].identity()}
-    assert len(found) == 3
+@pytest.mark.parametrize(("before", "after"), [(96, 64), (224, 64), (32, 64), (50, 32)])
+def test_a_smaller_size_has_the_pixels_that_an_import_at_that_size_has(before, after):
+    images = np.random.default_rng(0).integers(0, 256, (3, before, before, 3), dtype=np.uint8)
+    nearest = Image.Resampling.NEAREST  # as in pictures.collect
+    expected = [np.asarray(Image.fromarray(x).resize((after, after), nearest)) for x in images]
+    np.testing.assert_array_equal(pictures.nearest(images, after), expected)
 
 
-@pytest.mark.parametrize("wrong", [-0.1, 1.1])
-def test_an_impossible_shift_is_named(wrong):
-    with pytest.raises(ValueError, match=f"shift is {wrong}"):
-        shifted(shift=wrong)
+def test_pictures_come_at_the_size_asked_for():
+    whole = pictures.pair("digits", ("3", "8")).images
+    small = pictures.pair("digits", ("3", "8"), 8)
+    assert whole.shape[1:] == (16, 16, 3)
+    np.testing.assert_array_equal(small.images, whole[:, 1::2, 1::2])
+    np.testing.assert_array_equal(pictures.pair("digits", ("3", "8"), 16).images, whole)
 
 
 # The split
 
 
 @given(st.integers(0, 2**31), st.integers(7, 80), st.integers(7, 80))
-def test_the_split_is_disjoint_whole_and_stratified(seed, cats, dogs):
+def test_the_split_is_disjoint_whole_and_stratified(study, seed, cats, dogs):
     labels = np.random.default_rng(seed).permutation(np.repeat([0, 1], [cats, dogs]))
-    found = data.thirds(labels, seed)
+    found = study["thirds"](labels, seed)
     np.testing.assert_array_equal(np.sort(np.concatenate(found)), np.arange(cats + dogs))
     for part, share in zip(found, (0.7, 0.15, 0.15), strict=True):
         assert len(part)
@@ -270,22 +260,22 @@ def test_the_split_is_disjoint_whole_and_stratified(seed, cats, dogs):
             assert abs((labels[part] == label).sum() - share * n) < 1
 
 
-def test_the_split_is_the_papers_at_its_size_and_the_same_on_any_machine():
-    labels = np.arange(25_000) % 2
-    found = data.thirds(labels, 0)
+def test_the_split_is_the_papers_at_its_size_and_the_same_on_any_machine(study):
+    labels, thirds = np.arange(25_000) % 2, study["thirds"]
+    found = thirds(labels, 0)
     assert [len(part) for part in found] == [17_500, 3_750, 3_750]
     assert [np.bincount(labels[part]).tolist() for part in found[1:]] == [[1875, 1875]] * 2
     # Philox's bits and a stable sort: these numbers are the same everywhere.
-    assert [part[:4].tolist() for part in data.thirds(np.arange(40) % 2, 7)] == SPLIT_OF_SEED_7
-    assert not np.array_equal(found[2], data.thirds(labels, 1)[2])
+    assert [part[:4].tolist() for part in thirds(np.arange(40) % 2, 7)] == SPLIT_OF_SEED_7
+    assert not np.array_equal(found[2], thirds(labels, 1)[2])
 
 
 SPLIT_OF_SEED_7 = [[1, 2, 3, 4], [9, 14, 15, 18], [0, 10, 13, 27]]
 
 
-def test_too_few_pictures_for_three_parts_are_named():
-    with pytest.raises(data.DataError, match="class 1 has 3 pictures; at least 7"):
-        data.thirds(np.array([0] * 20 + [1] * 3), 0)
+def test_too_few_pictures_for_three_parts_are_named(study):
+    with pytest.raises(ValueError, match="a class has 3 pictures; at least 7"):
+        study["thirds"](np.array([0] * 20 + [1] * 3), 0)
 
 
 # Chains
@@ -309,16 +299,14 @@ def fit(network, batches, loss, **options):
     return plain(network, batches, counted, **options)
 
 train.fit = fit
-setting = {"dataset": "digits", "classes": ["3", "8"], "stem": "imagenet", "batch_size": 64}
-setting |= {"views": 1}
-master = {"network": "resnet10", "epochs": 1, "decay": 0.01, "dropout": 0.5, "before": None}
+setting = {"dataset": "digits", "classes": ["3", "8"], "size": 16, "batch_size": 64, "views": 1}
+recipe = {"optimizer": "sgd", "decay": 0.0, "shift": 0.4, "lr": 0.003, "epochs": 2}
+master = {"network": "resnet10", "recipe": recipe | {"epochs": 1, "shift": 0.0}, "before": None}
 for folder in folders:
     fits[0], os.environ["KDUTILS_RUNS"] = 0, folder
     names = notebooks.procedure("binary", {"scale": "laptop", "train_missing": True})
-    names["student"](
-        labels="hard", generation=5, master=master | {"lr": 0.001}, network="resnet10", seed=0,
-        lr=0.001, epochs=2, shift=0.4, **setting,
-    )
+    how = {"master": master, "network": "resnet10", "recipe": recipe, **setting}
+    names["student"](labels="hard", generation=5, seed=0, **how)
     print(fits[0])
 """
 
@@ -361,18 +349,74 @@ def test_a_chain_killed_at_generation_4_goes_on_at_generation_4(study, tmp_path)
 def test_a_teacher_starts_from_its_pretraining_in_all_but_its_head(tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path))
     names = notebooks.procedure("binary", {"scale": "laptop", "train_missing": True})
-    shared = {"network": "resnet10", "stem": "imagenet", "batch_size": 256, "seed": 0}
-    made = names["pretraining"](**shared, dataset="digits", epochs=1, lr=0.05)
-    s = {"dataset": "digits", "classes": ["3", "8"], "stem": "imagenet"}
-    fresh = names["build"]("resnet10", 5, s, dropout=0.5)
+    recipe = {"optimizer": "sgd", "decay": 0.0, "shift": 1 / 16, "lr": 0.01, "epochs": 1}
+    before = {"network": "resnet10", "dataset": "digits", "recipe": recipe}
+    before |= {"batch_size": 256, "size": 16, "seed": 0}
+    fresh = models.build("resnet10", classes=1, seed=5, size=16)
     head = {k: v.clone() for k, v in fresh.state_dict().items() if k.startswith("fc")}
-    model, digest = names["with_knowledge"](fresh, made, "resnet10", "imagenet")
+    model, digest = names["with_knowledge"](fresh, "resnet10", before, {"size": 16})
+    made = names["pretraining"](**before)
     weights = safetensors.torch.load_file(made.weights("e1"))
     assert digest == made.content["weights"]["e1.safetensors"]
     for name, value in model.state_dict().items():
         assert torch.equal(value, (head if name.startswith("fc") else weights)[name])
-    side = data.load("digits").size
-    assert model(torch.zeros(2, 3, side, side)).shape == (2, 1)
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 1)
+
+
+# The gate
+
+
+def test_what_does_not_pass_the_gate_stops_with_one_sentence(tmp_path, monkeypatch):
+    """Every length is tried, the shortest first, and nothing else is trained."""
+    monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path))
+    smoke = notebooks.scale_parameters("binary", "smoke")
+    given = smoke | {"scale": "laptop", "gate": 1.0, "epochs": [1, 2], "network": "resnet10"}
+    sentence = (
+        r"hand-made labels reach 0\.\d{3} on test pictures, less than gate = 1: give more than 2 "
+    )
+    with pytest.raises(runs.RunFailed, match=sentence):
+        notebooks.train("binary", given)
+    contents = [
+        json.loads(path.read_text(encoding="utf-8")) for path in tmp_path.rglob("record.json")
+    ]
+    assert {c["run"] for c in contents} == {"student"}
+    assert {c["arguments"]["labels"] for c in contents} == {"hand"}
+    assert sorted(c["arguments"]["recipe"]["epochs"] for c in contents) == [1, 2]
+
+
+class Enough(Exception):
+    """What was to be seen has been seen."""
+
+
+def test_of_the_first_length_that_passes_the_gate_the_rate_best_on_validation_is_taken(monkeypatch):
+    accuracies = {  # by length and rate, on validation and test
+        (1, 0.1): (0.80, 0.95),
+        (1, 0.2): (0.82, 0.85),
+        (2, 0.1): (0.90, 0.91),
+        (2, 0.2): (0.88, 0.99),
+    }
+
+    def found(study, run, arguments, **options):
+        if run.name != "student":
+            raise Enough
+        rows = []
+        for one in arguments:
+            recipe = one["recipe"]
+            validation, test = accuracies[recipe["epochs"], recipe["lr"]]
+            row = {"key": str(recipe), "recipe": recipe, "validation_accuracy": validation}
+            rows.append(row | {"measured": {"test": {"accuracy": test}}})
+        return pd.DataFrame(rows)
+
+    smoke = notebooks.scale_parameters("binary", "smoke")
+    given, seen = smoke | {"lrs": [0.1, 0.2], "epochs": [1, 2, 3], "gate": 0.9}, []
+    monkeypatch.setattr(runs.Study, "map", found)
+    with pytest.raises(Enough):
+        notebooks.procedure("binary", given, ("runs",), seen.append)
+    assert (seen[0]["recipe"]["epochs"], seen[0]["recipe"]["lr"]) == (2, 0.1)
+    assert seen[0]["reached"] == 0.91
+
+
+# The page
 
 
 # The page
@@ -385,9 +429,11 @@ def test_a_wrong_setting_stops_with_one_sentence(study):
     wrong = [
         ({"classes": ["cat", "cat"]}, "classes must be two different ones"),
         ({"generations": 1}, "parameter generations is 1"),
-        ({"pretrained": "imagenet", "stem": "small"}, "needs a resnet18, 34 or 50"),
-        ({"pretrained": "cifar100", "dataset": "oxford-pets"}, "dataset must then be cifar10"),
+        ({"choice_seed": 3}, "choice_seed must not be in seeds"),
+        ({"pretrained": "imagenet", "teacher_network": "resnet10"}, "needs a resnet18, 34 or 50"),
         ({"pretrained": "cifar10"}, "parameter pretrained is 'cifar10'"),
+        ({"epochs": [30, 20]}, "parameter epochs is"),
+        ({"optimizer": "rmsprop"}, "parameter optimizer is 'rmsprop'"),
         ({"shift": 1.5}, "parameter shift is 1.5"),
         ({"runtimes": ["tflite"]}, r"parameter runtimes\[0\] is 'tflite'"),
     ]
@@ -415,8 +461,6 @@ def test_both_runtimes_give_the_networks_answer(study, runtime):
 
 
 def test_the_papers_bins_are_as_the_page_says():
-    import pandas as pd
-
     bins = pd.read_csv(records.PROJECT / "data" / "reported" / "binary-bins.csv")
     sums = bins.groupby(["network", "part"]).share.agg(["size", "sum"])
     assert len(sums) == 11  # the soft student's on test is missing
@@ -425,8 +469,6 @@ def test_the_papers_bins_are_as_the_page_says():
 
 
 def test_what_the_paper_prints_is_as_the_page_says():
-    import pandas as pd
-
     printed = pd.read_csv(records.PROJECT / "data" / "reported" / "binary-accuracies.csv")
     of = {part: set(rows.accuracy) for part, rows in printed.groupby("part")}
     assert {part: len(values) for part, values in of.items()}["validation"] == 14
@@ -445,8 +487,6 @@ def test_what_the_paper_prints_is_as_the_page_says():
 
 
 def test_the_papers_uncertainties_lie_between_what_its_bins_allow():
-    import pandas as pd
-
     folder = records.PROJECT / "data" / "reported"
     bins, printed = (pd.read_csv(folder / f"binary-{k}.csv") for k in ("bins", "accuracies"))
     printed = printed[~(printed.generation > 0)].set_index(["network", "part"]).uncertainty
@@ -463,9 +503,119 @@ def test_the_papers_uncertainties_lie_between_what_its_bins_allow():
 def test_what_chains_and_bins_come_to_by_hand(study):
     assert study["rank_over_generations"](0.1, 0.2, 0.4, 0.3) == pytest.approx(0.8)
     assert study["slope_over_generations"](0.1, 0.2, 0.4, 0.3) == pytest.approx(0.08)
-    assert study["mean_over_generations"](0.1, 0.2, 0.6) == pytest.approx(0.3)
+    assert study["mean_of"](0.1, 0.2, 0.6) == pytest.approx(0.3)
     assert study["outer_share"]([[3, 0, 4, 1]]) == pytest.approx(0.5)
-    assert study["lowest"](0.5, 0.2, 0.9) == 0.2
+    cats, dogs = [9, *[1] * 9], [*[2] * 9, 5]  # twenty bins
+    assert study["doubts_dogs"]([cats + dogs]) == pytest.approx((18 - 9) / 41)
+
+
+def test_who_is_least_sure_leads_in_most_of_the_inner_bins(study):
+    one, other, third = np.zeros((3, 20), int)
+    one[1:10], other[10:16], third[16:19] = 5, 5, 5
+    one[0] = other[19] = 99  # outer bins do not count
+    assert study["leads_most"]([one, other, third]) == pytest.approx(9 / 18)
+    third[16:19], one[16:19] = 5, 5  # ties count for both
+    assert study["leads_most"]([one, other, third]) == pytest.approx(12 / 18)
+    assert math.isnan(study["leads_most"]([one, other]))
+
+
+def test_time_to_a_level_by_hand(study):
+    slow, fast, never = [0.5, 0.6, 0.85, 0.9], [0.86, 0.5, 0.9, 0.9], [0.5] * 4
+    assert study["LEVEL"] == 0.85
+    assert study["sooner"](fast, slow) == pytest.approx(1 / 3)
+    assert study["sooner"](slow, never) == pytest.approx(3 / 5)  # one epoch more than there are
+
+
+def cochran_mantel_haenszel(tables):
+    """Of tables (K, 2, 2): the sum of a less its mean, squared, by its variance; uncorrected."""
+    tables = np.asarray(tables, float)
+    rows, columns, n = tables.sum(2), tables.sum(1), tables.sum((1, 2))
+    excess = (tables[:, 0, 0] - rows[:, 0] * columns[:, 0] / n).sum()
+    variance = (rows.prod(1) * columns.prod(1) / (n**2 * (n - 1))).sum()
+    return excess**2 / variance
+
+
+@given(st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=4))
+def test_pooled_mcnemar_is_cochran_mantel_haenszel_with_a_stratum_a_picture(study, seeds):
+    """Of each seed: pictures that both get right, the first alone, the second alone, none."""
+    every = np.array(seeds)
+    strata = [[[1, 0], [1, 0]], [[1, 0], [0, 1]], [[0, 1], [1, 0]], [[0, 1], [0, 1]]]
+    asked = every.sum(1)
+    if every[:, 1:3].sum() == 0:
+        return
+    tables = [strata[kind] for seed in seeds for kind in range(4) for _ in range(seed[kind])]
+    p, span, _ = study["pooled"](every[:, 1], every[:, 2], asked)
+    assert p == pytest.approx(stats.chi2.sf(cochran_mantel_haenszel(tables), 1), abs=1e-12)
+    assert span.mean == pytest.approx((every[:, 1] - every[:, 2]).sum() / asked.sum())
+    assert span.n == len(seeds)
+
+
+def test_pooled_mcnemar_by_hand(study):
+    # 121 and 59 of 314 pairs: (121 - 59)^2 / 180 = 21.36, whose p is 3.8e-6.
+    p, span, seen = study["pooled"]([100, 21], [50, 9], [200, 114])
+    assert p == pytest.approx(3.8e-6, rel=0.02)
+    assert span.mean == pytest.approx(62 / 314)
+    half = 1.96 * math.sqrt(180 - 62**2 / 314) / 314
+    assert span.high - span.mean == pytest.approx(half, rel=1e-3)
+    assert seen == pytest.approx(2.8016 * math.sqrt(180) / 314, rel=1e-4)
+    assert study["pooled"]([0], [0], [10])[0] == 1
+
+
+def test_a_difference_that_is_seen_four_times_in_five_is(study):
+    draw = np.random.default_rng(0)
+    apart, n = 0.1, 3750
+    _, _, seen = study["pooled"]([int(apart * n / 2)], [int(apart * n / 2)], [n])
+    ones = draw.binomial(n, (apart + seen) / 2, 4000)
+    others = draw.binomial(n, (apart - seen) / 2, 4000)
+    found = [study["pooled"]([b], [c], [n])[0] < 0.05 for b, c in zip(ones, others, strict=True)]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.03)
+
+
+def test_every_claim_has_its_runs_and_the_papers_numbers_are_its_tables():
+    registered = {k: c for k, c in claims.registered().items() if c.study == "binary"}
+    folder = records.PROJECT / "data" / "reported"
+    table = pd.read_csv(folder / "binary-accuracies.csv")
+    test = (
+        table[table.part == "test"].fillna({"generation": 0}).set_index(["network", "generation"])
+    )
+    lead = [test.accuracy["soft", k] - test.accuracy["hard", k] for k in range(1, 7)]
+
+    def effects(name):
+        return [rule.effect for rule in registered[f"binary-{name}"].rules.values()]
+
+    accuracy, unsure = test.accuracy, test.uncertainty
+    assert effects(1) == pytest.approx([accuracy["soft", 0] - accuracy["classical", 0]])
+    assert effects(2) == pytest.approx([accuracy["hard", 0] - accuracy["classical", 0] + 0.015])
+    assert effects(3) == pytest.approx([0.03 - accuracy["teacher", 0] + accuracy["soft", 0]])
+    assert effects(7) == pytest.approx(
+        [unsure["hard", k] - unsure["hard", 0] + 0.003 for k in range(1, 7)]
+    )
+    assert effects(8) == pytest.approx([np.mean(lead) + 0.005], abs=5e-6)
+    lost = [accuracy[k, 0] - accuracy[k, 6] for k in ("hard", "soft")]
+    assert effects(9) == pytest.approx([0.03 - x for x in lost])
+    gained = [accuracy[k, 1] - accuracy[k, 0] for k in ("hard", "soft")]
+    assert effects(13) == pytest.approx([0.005 + x for x in gained])
+    assert effects(17) == pytest.approx([accuracy["teacher", 0] - accuracy["classical", 0]])
+    bins = pd.read_csv(folder / "binary-bins.csv")
+    of = {k: rows.share.to_numpy() for k, rows in bins.groupby(["network", "part"])}
+    doubt = {k: x[10:-1].sum() - x[1:10].sum() for k, x in of.items()}
+    outer = {k: x[[0, -1]].sum() for k, x in of.items()}
+    assert effects(11) == pytest.approx(
+        [doubt["soft", "train"] - doubt["classical", "train"]], abs=5e-5
+    )
+    lowest = min(x for (_, part), x in outer.items() if part == "train")
+    assert effects(10) == pytest.approx([lowest - 0.91], abs=5e-5)
+    later = [outer[k, "validation"] - outer[k, "test"] for k in ("classical", "hard")]
+    assert effects(14) == [pytest.approx(later[0], abs=5e-5), None, None]
+    assert later[1] < 0  # against what is said
+
+
+# Records that are published
+
+PUBLISHED = pytest.mark.skipif(
+    not any((records.PROJECT / "data" / "records" / "binary").glob("*.json")),
+    reason="no run has been published yet",
+)
 
 
 def without(folder, unwanted):
@@ -492,6 +642,7 @@ def verdicts_on(folder, monkeypatch):
     return {row["id"].removeprefix("binary-"): row["verdict"] for row in found}
 
 
+@PUBLISHED
 def test_no_verdict_rests_on_a_part_of_the_seeds(tmp_path, monkeypatch):
     def soft_student(run, arguments):
         found = arguments.get("labels"), arguments.get("generation"), arguments.get("seed")
@@ -500,10 +651,14 @@ def test_no_verdict_rests_on_a_part_of_the_seeds(tmp_path, monkeypatch):
     assert without(tmp_path, soft_student) == 1
     found = verdicts_on(tmp_path, monkeypatch)
     silent = {name for name, verdict in found.items() if verdict is None}
-    assert silent == {"1", "3", "6", "9", "10"}
+    assert silent >= {"1", "3", "6", "9", "10", "11", "12", "13", "14", "15"}
 
 
+@PUBLISHED
 def test_no_verdict_before_all_rates_were_tried(tmp_path, monkeypatch):
-    assert without(tmp_path, lambda run, a: run == "teacher" and a["lr"] == 0.0001) == 1
+    def tried(run, arguments):
+        return run == "student" and arguments["seed"] == 100 and arguments["recipe"]["lr"] == 0.05
+
+    assert without(tmp_path, tried) >= 1
     found = verdicts_on(tmp_path, monkeypatch)
-    assert {name for name, verdict in found.items() if verdict} == {"4"}  # speed needs no rate
+    assert {name for name, verdict in found.items() if verdict} <= {"4"}  # speed needs no rate
