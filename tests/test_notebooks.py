@@ -61,8 +61,10 @@ def test_smoke_trains_everything_without_a_network(study, tmp_path):
         assert row["scale"] == "smoke"
         assert set(row["parts"]) == set(registered[row["id"]].rules)
         for name, part in row["parts"].items():
-            # a rank correlation in each quarter of the settings needs more of them than smoke has
-            assert part["values"] or (row["id"], name) == ("vid-7", "matters"), row["id"]
+            # a rank correlation in each quarter of the settings needs more of them than smoke has,
+            # and smoke does not need the extra with ONNX Runtime
+            absent = ("vid-7", "matters"), ("binary-4", "ONNX Runtime")
+            assert part["values"] or (row["id"], name) in absent, row["id"]
             assert all(map(math.isfinite, part["values"].values()))
 
 
