@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import stats
 
-from kdutils import claims, models, notebooks, pictures, records, runs, train
+from kdutils import claims, data, models, notebooks, pictures, records, runs, train
 
 probabilities = st.lists(st.floats(0, 1), min_size=1, max_size=30)
 
@@ -276,6 +276,22 @@ SPLIT_OF_SEED_7 = [[1, 2, 3, 4], [9, 14, 15, 18], [0, 10, 13, 27]]
 def test_too_few_pictures_for_three_parts_are_named(study):
     with pytest.raises(ValueError, match="a class has 3 pictures; at least 7"):
         study["thirds"](np.array([0] * 20 + [1] * 3), 0)
+
+
+def test_pictures_that_are_in_training_too_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path))
+    both = pictures.pair("digits", ("3", "8"))
+    images = both.images.copy()
+    images[1::2] = images[: 2 * (len(images) // 2) : 2]  # of any two neighbours, one
+    twins = pictures.Pair(images, both.labels, both.names)
+    monkeypatch.setattr(pictures, "pair", lambda *_: twins)
+    names = notebooks.procedure("binary", {"scale": "laptop", "train_missing": True})
+    found = names["splits"](seed=1, dataset="digits", classes=["3", "8"], size=16).results
+    parts = names["thirds"](both.labels, 1)
+    seen = [{images[i].tobytes() for i in part} for part in parts]
+    assert found["also_in_train"] == [len(seen[0] & part) for part in seen[1:]]
+    assert min(found["also_in_train"]) > 10
+    assert found["fingerprint"] == data.fingerprint(images, both.labels)
 
 
 # Chains
