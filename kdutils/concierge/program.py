@@ -7,29 +7,26 @@ know how networks are trained.
 
 import json
 import signal
-import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
-from functools import partial
 from pathlib import Path
 from typing import Annotated
-from unicodedata import normalize
 
 import numpy as np
 import typer
+from PIL import Image
 
 from kdutils import files
-from kdutils.concierge import board, recordings
+from kdutils.concierge import board, deciding, recordings
+from kdutils.concierge.people import People, TotemError, unit
 
 HEADS = ("emotion", "face", "embedding")
 STUDENT = {"openvino": "student-int8.xml", "onnxruntime": "student.onnx"}  # which file it reads
+FAULTS = ("small", "dark", "blurred")  # what keeps a clip from being enrolled
 app = typer.Typer(help="Box, emotion, and who it is, on a device.", pretty_exceptions_enable=False)
-
-
-class TotemError(RuntimeError):
-    """A model, a database, a video or a name cannot be used; the message says which and why."""
 
 
 class Totem:
@@ -46,8 +43,10 @@ class Totem:
             told = json.loads(path.read_text(encoding="utf-8"))
             self.frames, self.size, self.emotions = told["frames"], told["size"], told["emotions"]
             self.heads = {name: slice(*map(int, told["heads"][name])) for name in HEADS}
-            self.threshold, named = float(told["threshold"]), dict(told["files"])
-            self.people = int(told.get("false_accepts", {}).get("people", 0))
+            self.levels = [deciding.Level(*map(float, level)) for level in told["levels"]]
+            self.least = {name: float(told["least"][name]) for name in ("nobody", "alike", *FAULTS)}
+            self.let_in = {float(k): list(map(float, v)) for k, v in told["let_in"].items()}
+            named = dict(told["files"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what_now = "run the study, or name its folder"
             raise TotemError(f"{path} is absent or damaged ({error!r}): {what_now}") from None
@@ -58,6 +57,18 @@ class Totem:
         self.identity = files.sha256(path)
         engine = board.chosen(engine, [name for name in STUDENT if STUDENT[name] in named])
         self._look, _ = board.opened(engine, folder / STUDENT[engine], threads)
+        if (apart := self._apart(folder)) > 0.05 and STUDENT["onnxruntime"] in named:
+            # Where a processor lacks the instructions, sums of int8 overflow.
+            typer.echo(f"{engine} is {apart:.2f} off here: 32 bits are used", err=True)
+            self._look, _ = board.opened(engine, folder / STUDENT["onnxruntime"], threads)
+
+    def _apart(self, folder: Path) -> float:
+        """How far the engine's numbers for the check's clips are from those of the study's run."""
+        with np.load(folder / "check.npz") as kept:
+            return max(
+                np.abs(self._look(one[None])[0] - own).max()
+                for one, own in zip(*kept.values(), strict=True)
+            )
 
     def look(self, clip: np.ndarray) -> dict:
         """What is seen in a clip (F, S, S, 3) uint8: probabilities, box, embedding (D,)."""
@@ -67,115 +78,42 @@ class Totem:
         logits = out[self.heads["emotion"]]
         powers = np.exp(logits - logits.max())
         found = {"probabilities": powers / powers.sum(), "box": out[self.heads["face"]]}
-        return found | {"embedding": _unit(out[self.heads["embedding"]])}
-
-
-def _unit(values: np.ndarray) -> np.ndarray:
-    return values / max(float(np.linalg.norm(values)), 1e-12)
-
-
-class People:
-    """Enrolled people: one embedding each, in an SQLite file of their own."""
-
-    TABLE = "people (name TEXT PRIMARY KEY, embedding BLOB NOT NULL, model TEXT NOT NULL)"
-
-    def __init__(self, path: Path, database: sqlite3.Connection):
-        self.path, self.database = path, database
-
-    @classmethod
-    @contextmanager
-    def opened(cls, path: Path, new: bool = False) -> Iterator["People"]:
-        """Those in a file, which ``new`` makes where there is none.
-
-        Raises :class:`TotemError` where the file is absent, damaged, no database of ours, or cannot
-        be used: locked by another program, not to be written, on a full disk.
-        """
-        if not path.exists():
-            if not new:
-                raise TotemError(f"{path} does not exist: nobody is enrolled")
-            path.touch(0o600)  # its owner's alone, and so is SQLite's journal
-        try:
-            with closing(sqlite3.connect(path)) as database:
-                database.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
-                database.create_function("nfc", 1, partial(normalize, "NFC"))  # one spelling of ë
-                (state,) = database.execute("PRAGMA quick_check").fetchone()
-                database.execute(f"CREATE TABLE IF NOT EXISTS {cls.TABLE}")
-                columns = [column[1] for column in database.execute("PRAGMA table_info(people)")]
-                if [state, *columns] != ["ok", "name", "embedding", "model"]:
-                    raise sqlite3.DatabaseError(f"{state}; columns: {', '.join(columns)}")
-                yield cls(path, database)
-        except sqlite3.Error as error:
-            busy = isinstance(error, sqlite3.OperationalError)
-            what = "cannot be used now" if busy else "is damaged and was not used"
-            raise TotemError(f"{path} {what} ({error})") from None
-
-    def add(self, name: str, embedding: np.ndarray, model: str) -> None:
-        """Keep a person's embedding (D,); a name that is there already is refused."""
-        if not name.strip():
-            raise TotemError("the name is empty")
-        row = (name, embedding.astype("<f4").tobytes(), model)
-        try:
-            with self.database:
-                self.database.execute("INSERT INTO people VALUES (nfc(?), ?, ?)", row)
-        except sqlite3.IntegrityError:
-            raise TotemError(f"{name!r} is enrolled already; forget {name!r} first") from None
-
-    def remove(self, name: str = "") -> None:
-        """Remove a person's data, or that of all; what the file held of it is overwritten."""
-        which = " WHERE nfc(name) = nfc(?)" if name else ""
-        with self.database:
-            gone = self.database.execute(f"DELETE FROM people{which}", [name] * bool(name)).rowcount
-        if name and not gone:
-            raise TotemError(f"{name!r} is not enrolled in {self.path}")
-        self.database.execute("VACUUM")
-
-    def names(self) -> list[str]:
-        """All enrolled people, in the order of their names."""
-        return [name for (name,) in self.database.execute("SELECT name FROM people ORDER BY name")]
-
-    def gallery(self, model: str, width: int) -> tuple[list[str], np.ndarray]:
-        """Names, and their embeddings (N, D); all must have been made by this model."""
-        rows = self.database.execute("SELECT name, embedding, model FROM people ORDER BY name")
-        names, found = [], []
-        for name, content, made_by in rows:
-            if made_by != model:
-                raise TotemError(f"{name!r} was enrolled with another model: forget and enrol anew")
-            values = np.frombuffer(content, "<f4") if len(content) == 4 * width else None
-            if values is None or not np.isfinite(values).all():
-                raise TotemError(f"{self.path} is damaged: the embedding of {name!r} is none")
-            names.append(name)
-            found.append(values)
-        return names, np.array(found).reshape(len(names), width)
-
-
-def recognised(embedding, names: list[str], gallery, threshold: float) -> tuple[str | None, float]:
-    """The enrolled person with the largest cosine, None below the threshold, and that cosine."""
-    if not names:
-        return None, -1.0
-    cosines = gallery @ embedding
-    best = int(cosines.argmax())
-    return (names[best] if cosines[best] > threshold else None), float(cosines[best])
+        return found | {"embedding": unit(out[self.heads["embedding"]])}
 
 
 def clips(source: str, frames: int, size: int, every: int = 1) -> Iterator[tuple]:
-    """Clips (F, S, S, 3) uint8 of a video file or camera (/dev/video0), with their frames.
+    """Clips (F, S, S, 3) uint8 of a film, camera (/dev/video0) or photograph, with their frames.
 
-    Of the video, every so many-th frame is looked at. Clips follow one another; an end that is
-    shorter is left out. Raises :class:`TotemError` naming a video that cannot be read or is shorter
-    than a clip.
+    Of a video every so many-th frame is looked at. Clips follow one another; an end that is shorter
+    is left out. A photograph is a clip in which nothing moves. Raises :class:`TotemError` naming a
+    source that cannot be read or is shorter than a clip.
     """
     held, any_yet = [], False
     try:
+        if Path(source).suffix.lower() in recordings.PICTURES:
+            with Image.open(source) as picture:
+                yield np.stack([recordings.squashed(picture, size)] * frames), []
+            return
         for frame in recordings.video(source):
             held.append(frame)
             if len(held) == frames * every:
                 pictures = map(recordings.upright, held[::every])
                 yield np.stack([recordings.squashed(one, size) for one in pictures]), held
                 held, any_yet = [], True
-    except Exception as error:  # whatever PyAV raises
+    except Exception as error:  # whatever PyAV and Pillow raise
         raise TotemError(f"{source} cannot be read ({error})") from None
     if not any_yet:
         raise TotemError(f"{source} has {len(held)} frames; a clip needs {frames * every}")
+
+
+def looks(totem: Totem, source: str, every: int) -> Iterator[tuple[dict, list]]:
+    """What is seen in each clip of a source, and its frames; ``why`` it would not do to enrol."""
+    for clip, frames in clips(source, totem.frames, totem.size, every):
+        found = totem.look(clip)
+        worth = deciding.quality(clip, found["box"])
+        worth["nobody"] = deciding.follows(totem.look, clip, found["box"])
+        why = next((k for k in ("nobody", *FAULTS) if worth[k] < totem.least[k]), "")
+        yield found | {"why": why, "weight": worth["small"] * worth["blurred"]}, frames
 
 
 @contextmanager
@@ -238,7 +176,10 @@ PEOPLE = Path("concierge.sqlite3")
 @app.command("enrol")
 def enrol(
     name: Annotated[str, typer.Argument(help="The person's name.")],
-    video: Annotated[Path, typer.Argument(help="A video file of this person alone.")],
+    sources: Annotated[list[Path], typer.Argument(help="Films or photographs of them alone.")],
+    add: Annotated[
+        bool, typer.Option("--add", help="To what is kept of a person already.")
+    ] = False,
     model: Model = None,
     database: Database = PEOPLE,
     engine: Engine = "",
@@ -246,29 +187,45 @@ def enrol(
     every: Every = 6,
 ):
     """Keep a person's embedding; of the pictures nothing is kept."""
-    totem = Totem(model or newest(), engine, threads)
-    looked_at = clips(str(video), totem.frames, totem.size, every)
-    seen = [totem.look(clip)["embedding"] for clip, _ in looked_at]
+    totem, used, refused = Totem(model or newest(), engine, threads), {}, Counter()
+    for source in sources:
+        for number, (found, _) in enumerate(looks(totem, str(source), every), 1):
+            refused[found["why"]] += 1
+            if not found["why"]:
+                used[f"{source}, clip {number},"] = found["embedding"]
+    said = ", ".join(f"{count} {why}" for why, count in sorted(refused.items()) if why)
+    if not used:
+        raise TotemError(f"{name!r} was not enrolled; of its clips: {said}")
+    seen = np.array(list(used.values()))
+    for where, one in used.items() if len(used) > 1 else ():
+        if unit(seen.sum(0) - one) @ one < totem.least["alike"]:
+            raise TotemError(f"{where} does not look like the person of the others; use it alone")
     with People.opened(database, new=True) as people:
-        people.add(name, _unit(np.mean(seen, 0)), totem.identity)
-        count = len(people.names())
-    print(f"{name} is enrolled from {len(seen)} clips")
-    if 0 < totem.people < count:
-        rate = f"The rate at which strangers are let in was set with {totem.people} people enrolled"
-        typer.echo(f"{rate}; with {count} it is higher.", err=True)
+        people.add(name, unit(seen.mean(0)), totem.identity, len(used), more=add)
+        count, most = len(people.names()), max(level.people for level in totem.levels)
+    print(f"{name} is enrolled from {len(used)} clips" + f" ({said} left out)" * bool(said))
+    if count > most:
+        said = (
+            f"Thresholds were set with {most:g} people enrolled; with {count} more strangers pass."
+        )
+        typer.echo(said, err=True)
 
 
 @app.command("recognise")
 def recognise(
-    source: Annotated[str, typer.Argument(help="A video file, or a camera: /dev/video0.")],
+    source: Annotated[str, typer.Argument(help="A film, a photograph, a camera: /dev/video0.")],
     model: Model = None,
     database: Database = PEOPLE,
     video: Annotated[Path | None, typer.Option(help="Write an annotated video here.")] = None,
+    each: Annotated[bool, typer.Option("--each", help="Decide by each clip alone.")] = False,
+    threshold: Annotated[
+        float | None, typer.Option(help="A cosine above which it is the person; says its cost.")
+    ] = None,
     engine: Engine = "",
     threads: Threads = 0,
     every: Every = 6,
 ):
-    """Box, emotion and person or stranger of every clip, as JSON lines with frames a second."""
+    """Box, emotion and person, unsure, stranger or nobody of every clip, as JSON lines."""
     if video and video.resolve() == Path(source).resolve():
         raise TotemError(f"--video would overwrite {source}, which is to be read")
     totem = Totem(model or newest(), engine, threads)
@@ -279,27 +236,43 @@ def recognise(
             names, gallery = people.gallery(totem.identity, width)
     if not names:
         typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
+    if threshold is not None:
+        size = deciding.level_for(totem.levels, len(names), 1).people
+        share = np.mean(np.array(totem.let_in[size]) > threshold)
+        typer.echo(
+            f"Above {threshold:g} one look lets in {100 * share:.0f} % of strangers with "
+            f"{size:g} people enrolled.",
+            err=True,
+        )
+    track = deciding.Track(1 if each else deciding.MOST)
     # Ctrl-C is how a camera's run ends, or a service's SIGTERM; the film is closed all the same.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with film(video) if video else nullcontext() as add, suppress(KeyboardInterrupt):
         started = time.perf_counter()
-        for number, (clip, frames) in enumerate(clips(source, totem.frames, totem.size, every)):
-            found = totem.look(clip)
-            who, cosine = recognised(found["embedding"], names, gallery, totem.threshold)
+        for number, (found, frames) in enumerate(looks(totem, source, every)):
+            who, person, cosine, together = "nobody", None, -1.0, 0
+            if found["why"] != "nobody":
+                seen, together = track.add(found["box"], found["embedding"], found["weight"])
+                level = deciding.level_for(totem.levels, len(names), together)
+                if threshold is not None:
+                    level = level._replace(stranger=threshold, person=threshold)
+                who, person, cosine = deciding.answer(seen, names, gallery, level)
             best = int(found["probabilities"].argmax())
             passed, started = time.perf_counter() - started, time.perf_counter()
             line = {
                 "frame": number * totem.frames * every,
+                "answer": who,
+                "person": person,
+                "cosine": round(cosine, 4),
+                "clips": together,
                 "box": [round(float(v), 4) for v in found["box"]],
                 "emotion": totem.emotions[best],
                 "probability": round(float(found["probabilities"][best]), 4),
-                "person": who,
-                "cosine": round(cosine, 4),
                 "frames_a_second": round(len(frames) / passed, 1),
             }
             print(json.dumps(line, ensure_ascii=False), flush=True)
             if add:
-                add(frames, found["box"], f"{line['emotion']}, {who or 'stranger'}")
+                add(frames, found["box"], f"{line['emotion']}, {person or who}")
 
 
 @app.command("forget")
