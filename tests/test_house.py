@@ -334,7 +334,13 @@ CONCIERGE = {
     "__init__": (),
     "__main__": ("concierge.board", "concierge.program"),
     "board": (),
-    "program": ("concierge.board", "concierge.recordings", "files", "records"),
+    "deciding": ("concierge.people",),
+    "people": (),
+    "program": (
+        *("concierge.board", "concierge.deciding", "concierge.people", "concierge.recordings"),
+        *("files", "records"),
+    ),
+    "rates": ("concierge.deciding",),
     "recordings": ("concierge.scenes", "data", "files", "pictures"),
     "scenes": (),
 }

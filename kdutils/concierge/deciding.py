@@ -59,13 +59,21 @@ class Track:
         return unit(sum(weight * seen for _, seen, weight in self.looks)), len(self.looks)
 
 
-def overlap(one, other) -> float:
-    """Intersection over union of two boxes (cx, cy, w, h)."""
-    (x, y, w, h), (cx, cy, wide, high) = np.asarray(one, float), np.asarray(other, float)
-    across = min(x + w / 2, cx + wide / 2) - max(x - w / 2, cx - wide / 2)
-    down = min(y + h / 2, cy + high / 2) - max(y - h / 2, cy - high / 2)
-    both = max(across, 0) * max(down, 0)
-    return both / max(w * h + wide * high - both, 1e-12)
+def entered(clip: np.ndarray) -> np.ndarray:
+    """A clip (F, S, S, 3) uint8 as networks read it: (1, 3 F, S, S) float32 from -0.5 to 0.5."""
+    values = np.moveaxis(clip, 3, 1).reshape(1, -1, *clip.shape[1:3])
+    return np.ascontiguousarray(values.astype(np.float32) / 255 - np.float32(0.5))
+
+
+def overlap(one, other) -> np.ndarray:
+    """Intersection over union (...) of boxes (..., 4), each cx, cy, w, h."""
+    (x, y, w, h), (cx, cy, wide, high) = (
+        np.moveaxis(np.asarray(b, float), -1, 0) for b in (one, other)
+    )
+    across = np.minimum(x + w / 2, cx + wide / 2) - np.maximum(x - w / 2, cx - wide / 2)
+    down = np.minimum(y + h / 2, cy + high / 2) - np.maximum(y - h / 2, cy - high / 2)
+    both = across.clip(0) * down.clip(0)
+    return both / np.maximum(w * h + wide * high - both, 1e-12)
 
 
 def quality(clip: np.ndarray, box) -> dict[str, float]:

@@ -72,9 +72,7 @@ class Totem:
 
     def look(self, clip: np.ndarray) -> dict:
         """What is seen in a clip (F, S, S, 3) uint8: probabilities, box, embedding (D,)."""
-        values = clip.transpose(1, 2, 0, 3).reshape(self.size, self.size, -1)
-        values = values.transpose(2, 0, 1)[None].astype(np.float32) / 255 - np.float32(0.5)
-        out = self._look(np.ascontiguousarray(values))[0]
+        out = self._look(deciding.entered(clip))[0]
         logits = out[self.heads["emotion"]]
         powers = np.exp(logits - logits.max())
         found = {"probabilities": powers / powers.sum(), "box": out[self.heads["face"]]}

@@ -88,13 +88,25 @@ def draw(
 
 
 def clip(
-    identity: int, emotion: int, *, seed: int, index: int, frames=8, size=64, play: Play = USUAL
+    identity: int,
+    emotion: int,
+    *,
+    seed: int,
+    index: int,
+    frames=8,
+    size=64,
+    play: Play = USUAL,
+    nobody=False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32."""
+    """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32.
+
+    With ``nobody`` it shows the room alone; the box is where a head would have been.
+    """
     person, take = _Draws(PEOPLE, identity), _Draws(seed, index)
     canvas = _Canvas(take, person(0.70, 0.92), frames, size, play)
-    _background(canvas, take)
-    _head(canvas, person, _units(emotion, take, frames, play.weakest), take)
+    _background(canvas, take, shoulders=not nobody)
+    if not nobody:
+        _head(canvas, person, _units(emotion, take, frames, play.weakest), take)
     canvas.finish(take)
     return canvas.bytes(take), canvas.box(frames // 2)
 
@@ -214,8 +226,8 @@ class _Canvas:
         return np.clip(out, 0, 255).astype(np.uint8)
 
 
-def _background(canvas: _Canvas, take: _Draws) -> None:
-    """Two colours that run into each other, clutter, shoulders."""
+def _background(canvas: _Canvas, take: _Draws, shoulders: bool) -> None:
+    """Two colours that run into each other, clutter, and a person's shoulders."""
     x, y = canvas.picture
     share = np.clip(y * take(0.5, 1.2) + x * take(-0.4, 0.4), 0, 1)
     for channel, top, bottom in zip(canvas.colours, take.colour(), take.colour(), strict=True):
@@ -224,9 +236,10 @@ def _background(canvas: _Canvas, take: _Draws) -> None:
         a, b = take(0.04, 0.25), take(0.04, 0.25)
         shape = canvas.ellipse(take(), take(), a, b, u=x, v=y, unit=np.float32(1))
         canvas.paint(shape, take.colour())
-    tall = canvas.height
-    shoulders = canvas.ellipse(canvas.x, canvas.y + tall * 2, tall * 1.7, tall, x, y, 1)
-    canvas.paint(shoulders, take.colour())
+    if shoulders:
+        tall = canvas.height
+        cover = canvas.ellipse(canvas.x, canvas.y + tall * 2, tall * 1.7, tall, x, y, 1)
+        canvas.paint(cover, take.colour())
 
 
 def _head(canvas: _Canvas, person: _Draws, units: dict, take: _Draws) -> None:
