@@ -143,7 +143,7 @@ def test_the_studys_files_find_and_refuse_people_that_training_never_saw_as_it_s
     np.fill_diagonal(same, False)
     assert cosines[same].mean() > cosines[~same & ~np.eye(len(seen), dtype=bool)].mean() + 0.02
     assert 0 <= run.results["rooms_refused"] <= 1
-    assert run.results["heads_refused"] < 0.2
+    assert run.results["test_refused"] < 0.2
 
 
 def invoke(*words) -> str:

@@ -197,20 +197,6 @@ def test_the_emotion_network_sees_all_frames_and_the_image_branch_the_middle_one
         assert torch.equal(model(clip), model(changed)) == same
 
 
-def test_the_control_is_the_multimodal_network_with_one_head(study):
-    control, whole = (
-        study["build"](n, [4, 1], 5, 0, SHAPE) for n in (study["CONTROL"], "multimodal")
-    )
-    assert control.eval()(torch.zeros(2, 12, 32, 32)).shape == (2, 7)
-    ours, theirs = control.state_dict(), whole.state_dict()
-    assert {k for k in theirs if k not in ours} == {
-        f"parts.{name}"
-        for name in ("face.weight", "face.bias", "embedding.weight", "embedding.bias")
-    } | {"parts.people.weight"}
-    for name, value in ours.items():  # both begin at the same point
-        assert torch.equal(theirs[name], value), name
-
-
 def test_the_video_branch_sees_the_first_frame_in_grey_and_what_the_others_differ_by(study):
     clips = torch.rand(3, 12, 5, 5)
     grey = clips.view(3, 4, 3, 5, 5).mean(2)
@@ -255,11 +241,11 @@ def test_a_part_is_measured_by_the_gallery_of_who_is_enrolled(study):
     found = SimpleNamespace(train=train, validation=held, test=test)
     out = {"enrolled": outputs(train), "validation": outputs(held), "test": outputs(test)}
     said = study["measured"](out, found, where, 0.05)
-    assert said["test_emotion"] == said["test_hits"] == 1
+    assert said["test_emotion"] == 1
     assert said["test_iou"] == pytest.approx(1)
     assert said["test_identified"] == 1
-    assert said["validation_far"] <= 0.05
-    assert said["test_user"] == pytest.approx(1 - (said["test_far"] + said["test_frr"]) / 2)
+    assert said["validation_user"] >= 0.95
+    assert said["test_user"] > 0.9
     out["test"][:, :7] = np.roll(out["test"][:, :7], 1, axis=1)
     assert study["measured"](out, found, where, 0.05)["test_emotion"] == 0
 
@@ -269,8 +255,8 @@ def test_what_is_chosen_is_best_by_the_mean_once_all_choice_seeds_have_run(study
     frame = pd.DataFrame(rows, columns=["T", "seed", "validation_emotion"])
     found = study["held_out"](frame, "T", "validation_emotion")
     assert found.to_dict() == {"1.0": pytest.approx(0.6), "4.0": 0.5}
-    assert study["best"]([1.0, 4.0], found) == (1.0, True)
-    assert study["best"]([1.0, 4.0, 9.0], found) == (4.0, False)  # the middle one, until all ran
+    assert study["best"]([1.0, 4.0], found) == 1.0
+    assert study["best"]([1.0, 4.0, 9.0], found) is None  # not all ran
     assert not len(study["held_out"](frame[:0], "T", "validation_emotion"))
 
 
@@ -302,14 +288,10 @@ def test_engines_give_the_networks_answers_on_drawn_clips(study, tmp_path):
     np.testing.assert_allclose(lengths, 1, atol=1e-5)  # else its cosines are none
 
 
-def test_clips_come_back_as_they_were_drawn_and_rooms_have_nobody(study):
+def test_clips_come_back_as_they_were_drawn(study):
     drawn = scenes.draw([0, 1], 4, seed=0, frames=4, size=32)
     part = SimpleNamespace(clips=recordings.side_by_side(drawn.clips))
     np.testing.assert_array_equal(study["clips_of"](part, 4), drawn.clips)
-    empty = study["rooms"]({"frames": 4, "size": 32}, count=2)
-    assert empty.shape == (2, 4, 32, 32, 3)
-    with_head, _ = scenes.clip(0, 6, seed=10**6, index=0, frames=4, size=32)
-    assert np.abs(with_head.astype(int) - empty[0]).mean() > 3  # the same draw, with its head
 
 
 # What claims are made of
@@ -354,8 +336,8 @@ def test_a_wrong_setting_stops_with_one_sentence(study):
     wrong = [
         ({"registered": 1}, "parameter registered is 1"),
         ({"strangers": [20]}, "parameter strangers is"),
-        ({"alphas": [1.5]}, r"parameter alphas\[0\] is 1.5"),
-        ({"temperatures": [0.0, 1.0]}, r"parameter temperatures\[0\] is 0.0"),
+        ({"ways": [[1.0, 0.5], [1.0, 1.5]]}, r"ways has \[\[1.0, 1.5\]\]; a temperature must be"),
+        ({"ways": [[0.0, 0.5], [1.0, 0.5]]}, r"ways has \[\[0.0, 0.5\]\]"),
         ({"false_accepts": 0.0}, "parameter false_accepts is 0.0"),
         ({"runtimes": ["openvino"]}, "runtimes must begin with torch, not 'openvino'"),
         ({"runtimes": ["torch", "tflite"]}, r"parameter runtimes\[1\] is 'tflite'"),
@@ -395,7 +377,7 @@ def trained(setting):
 def test_a_student_is_trained_and_measured_on_drawn_clips():
     found = trained(SETTING)
     for part in ("validation", "test"):
-        for name in ("emotion", "iou", "hits", "user", "identified", "far", "frr"):
+        for name in ("emotion", "iou", "user", "identified"):
             assert 0 <= found[f"{part}_{name}"] <= 1
     assert len(found["taught_by"]) == 64
     assert found["history"][0]["loss"] > 0

@@ -51,7 +51,7 @@ def test_the_box_lies_in_the_picture_and_has_the_size_of_a_head(seed, index, emo
 def test_the_box_is_where_the_head_was_drawn(monkeypatch):
     """Without clutter, light and noise, skin and hair fill the box and little lies outside it."""
     monkeypatch.setattr(
-        scenes, "_background", lambda canvas, take: [c.fill(0) for c in canvas.colours]
+        scenes, "_background", lambda canvas, take, shoulders: [c.fill(0) for c in canvas.colours]
     )
     monkeypatch.setattr(scenes._Canvas, "finish", lambda canvas, take: None)
     for k in range(12):
@@ -139,3 +139,15 @@ def test_play_decides_how_hard_clips_are():
         for k in range(40)
     ]
     assert min(apex) >= 0.5
+
+
+def test_a_room_without_anybody_is_the_same_draw_without_a_head():
+    options = {"seed": 4, "index": 2, "frames": 3, "size": 48}
+    with_head, box = scenes.clip(5, 3, **options)
+    empty, same = scenes.clip(5, 3, **options, nobody=True)
+    np.testing.assert_array_equal(box, same)
+    again, _ = scenes.clip(6, 3, **options, nobody=True)
+    np.testing.assert_array_equal(empty, again)  # whoever is not there
+    rows, columns = (slice(int(48 * (box[k] - 0.1)), int(48 * (box[k] + 0.1))) for k in (1, 0))
+    middle = np.abs(with_head.astype(int) - empty)[:, rows, columns].mean()
+    assert middle > 8
