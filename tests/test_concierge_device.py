@@ -60,7 +60,7 @@ def model(tmp_path_factory):
     network = study["build"]("multimodal", [4, 1], 5, 0, SHAPE).eval()
     study["exported"](network, np.zeros((1, 12, 32, 32), np.float32), folder / "student.onnx")
     where = study["layout"]("multimodal", 5, 8)
-    content = {"frames": 4, "size": 32, "emotions": study["EMOTIONS"]} | LENIENT
+    content = {"frames": 4, "size": 32, "emotions": list(scenes.EMOTIONS)} | LENIENT
     content["heads"] = {head: [at.start, at.stop] for head, at in where.items()}
     clips = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 12, 32, 32)).astype(np.float32)
     told = board.onnxruntime(folder / "student.onnx", 1)[0]
