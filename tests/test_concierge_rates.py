@@ -73,3 +73,9 @@ def test_the_band_of_unsure_looks_is_no_wider_than_a_twentieth():
 def test_a_level_that_nobody_reaches_recognises_nobody():
     found = rates.measured(*drawn(), [Level(5, 1, 2.0, 2.0)])
     assert found == {"5x1": {"recognised": 0, "unsure": 0, "let_in": 0, "not_refused": 0}}
+
+
+def test_of_people_with_few_clips_nothing_is_said_of_several_looks():
+    levels = rates.levels(*drawn(clips=6), sizes=[1, 5], share=0.3)
+    assert {one.clips for one in levels} == {1}
+    assert rates.measured(*drawn(clips=2), levels) == {}

@@ -343,7 +343,7 @@ def test_a_wrong_setting_stops_with_one_sentence(study):
         ({"size": 40}, "size is 40; it must be a multiple of 16"),
         ({"large": [32]}, "parameter large is"),
         ({"clips": [70, 2240, 2800]}, r"clips\[0\]: everybody in training needs one"),
-        ({"clips": [5600, 158, 2800]}, "clips: 160 strangers need 960 in each part"),
+        ({"clips": [5600, 158, 2800]}, "clips: 160 strangers need 2240 in each part"),
         ({"enrolled": [1, 160]}, "enrolled: 160 of 160 strangers leave none over"),
         ({"choice_seeds": [0]}, "choice_seeds must not be in seeds"),
     ]

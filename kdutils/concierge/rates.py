@@ -69,6 +69,8 @@ def levels(embeddings, people, sizes: Sequence[int], share: float) -> list[Level
         allowed = few_enough(len(np.unique(people)) - size, share)
         for clips in (1, MOST):
             tried = trials(embeddings, people, size, clips)
+            if not len(tried["own"]):  # nobody has so many clips left
+                continue
             low = threshold_for(tried["strangers"], allowed)
             between = np.sort(tried["own"][tried["own"] > low])[: int(0.05 * len(tried["own"])) + 1]
             halved = threshold_for(tried["strangers"], allowed / 2)
@@ -81,6 +83,8 @@ def measured(embeddings, people, these: Sequence[Level]) -> dict[str, dict]:
     found = {}
     for level in these:
         tried = trials(embeddings, people, int(level.people), int(level.clips))
+        if not len(tried["own"]):
+            continue
         sure, passed = tried["own"] > level.person, tried["own"] > level.stranger
         found[f"{level.people:g}x{level.clips:g}"] = {
             "recognised": float((sure & tried["right"]).mean()),
