@@ -132,21 +132,13 @@ def measured(board: str, folders: list[Path], engine: str, threads: int, repeats
         calls[name] = lambda look=look, values=values: look(values)
         digests[name] = digest(path)
         shapes[name] = list(shape)
-    return {
-        "board": board,
-        "measured": time.strftime("%Y-%m-%d", time.gmtime()),
-        "milliseconds": timed(calls, repeats, warm=WARM),
-        "warm": WARM,
-        "repeats": repeats,
-        "threads": threads,
-        "engine": engine,
-        "version": sys.modules[engine].__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.platform(),
-        "sha256": digests,
-        "shapes": shapes,
-    }
+    found = {"board": board, "measured": time.strftime("%Y-%m-%d", time.gmtime())}
+    found["milliseconds"] = timed(calls, repeats, warm=WARM)
+    found.update({"warm": WARM, "repeats": repeats, "threads": threads, "engine": engine})
+    found.update({"version": sys.modules[engine].__version__, "python": platform.python_version()})
+    found.update({"machine": platform.machine(), "system": platform.platform()})
+    found.update({"sha256": digests, "shapes": shapes})
+    return found
 
 
 def digest(path: Path) -> str:

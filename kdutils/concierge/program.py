@@ -257,17 +257,11 @@ def recognise(
                 who, person, cosine = deciding.answer(seen, names, gallery, level)
             best = int(found["probabilities"].argmax())
             passed, started = time.perf_counter() - started, time.perf_counter()
-            line = {
-                "frame": number * totem.frames * every,
-                "answer": who,
-                "person": person,
-                "cosine": round(cosine, 4),
-                "clips": together,
-                "box": [round(float(v), 4) for v in found["box"]],
-                "emotion": totem.emotions[best],
-                "probability": round(float(found["probabilities"][best]), 4),
-                "frames_a_second": round(len(frames) / passed, 1),
-            }
+            line = {"frame": number * totem.frames * every, "answer": who, "person": person}
+            line |= {"cosine": round(cosine, 4), "clips": together, "emotion": totem.emotions[best]}
+            line["probability"] = round(float(found["probabilities"][best]), 4)
+            line["box"] = [round(float(v), 4) for v in found["box"]]
+            line["frames_a_second"] = round(len(frames) / passed, 1)
             print(json.dumps(line, ensure_ascii=False), flush=True)
             if add:
                 add(frames, found["box"], f"{line['emotion']}, {person or who}")

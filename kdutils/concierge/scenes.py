@@ -26,6 +26,7 @@ UNITS = {  # FACS number: how strongly each emotion, in the order above, moves i
     "lip_tight": (23, (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)),
     "jaw_drop": (26, (0.0, 0.0, 0.5, 0.2, 0.0, 1.0, 0.0)),
 }
+NOBODY = 2**64 - 1  # an identity without a head
 PEOPLE = 2**64 - 1  # the key of all people's draws, which no clip's seed may be
 SKINS = ((0.96, 0.82, 0.72), (0.87, 0.67, 0.52), (0.68, 0.47, 0.34), (0.43, 0.28, 0.20))
 HAIRS = ((0.10, 0.08, 0.07), (0.32, 0.19, 0.11), (0.72, 0.55, 0.28), (0.58, 0.58, 0.60))
@@ -88,24 +89,16 @@ def draw(
 
 
 def clip(
-    identity: int,
-    emotion: int,
-    *,
-    seed: int,
-    index: int,
-    frames=8,
-    size=64,
-    play: Play = USUAL,
-    nobody=False,
+    identity: int, emotion: int, *, seed: int, index: int, frames=8, size=64, play: Play = USUAL
 ) -> tuple[np.ndarray, np.ndarray]:
     """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32.
 
-    With ``nobody`` it shows the room alone; the box is where a head would have been.
+    Of the identity :data:`NOBODY` it shows the room; the box is where a head would have been.
     """
     person, take = _Draws(PEOPLE, identity), _Draws(seed, index)
     canvas = _Canvas(take, person(0.70, 0.92), frames, size, play)
-    _background(canvas, take, shoulders=not nobody)
-    if not nobody:
+    _background(canvas, take, shoulders=identity != NOBODY)
+    if identity != NOBODY:
         _head(canvas, person, _units(emotion, take, frames, play.weakest), take)
     canvas.finish(take)
     return canvas.bytes(take), canvas.box(frames // 2)
