@@ -26,7 +26,7 @@ UNITS = {  # FACS number: how strongly each emotion, in the order above, moves i
     "lip_tight": (23, (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)),
     "jaw_drop": (26, (0.0, 0.0, 0.5, 0.2, 0.0, 1.0, 0.0)),
 }
-NOBODY = 2**64 - 1  # an identity without a head
+NOBODY = 2**62  # an identity without a head
 PEOPLE = 2**64 - 1  # the key of all people's draws, which no clip's seed may be
 SKINS = ((0.96, 0.82, 0.72), (0.87, 0.67, 0.52), (0.68, 0.47, 0.34), (0.43, 0.28, 0.20))
 HAIRS = ((0.10, 0.08, 0.07), (0.32, 0.19, 0.11), (0.72, 0.55, 0.28), (0.58, 0.58, 0.60))
