@@ -65,7 +65,9 @@ def model(tmp_path_factory):
     clips = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 12, 32, 32)).astype(np.float32)
     told = board.onnxruntime(folder / "student.onnx", 1)[0]
     np.savez(
-        folder / "check.npz", clips=clips, outputs=np.concatenate([told(c[None]) for c in clips])
+        folder / "check.npz",
+        clips=clips,
+        onnxruntime=np.concatenate([told(c[None]) for c in clips]),
     )
     names = ("student.onnx", "check.npz")
     content["files"] = {name: files.sha256(folder / name) for name in names}
@@ -247,7 +249,7 @@ def test_where_int8_sums_overflow_the_student_in_32_bits_is_taken(model, tmp_pat
     def shifted(folder):
         with np.load(folder / "check.npz") as kept:
             told = dict(kept)
-        np.savez(folder / "check.npz", clips=told["clips"], outputs=told["outputs"] + 0.2)
+        np.savez(folder / "check.npz", clips=told["clips"], onnxruntime=told["onnxruntime"] + 0.2)
 
     Totem(model)
     assert capsys.readouterr().err == ""

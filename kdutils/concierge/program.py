@@ -57,18 +57,16 @@ class Totem:
         self.identity = files.sha256(path)
         engine = board.chosen(engine, [name for name in STUDENT if STUDENT[name] in named])
         self._look, _ = board.opened(engine, folder / STUDENT[engine], threads)
-        if (apart := self._apart(folder)) > 0.05 and STUDENT["onnxruntime"] in named:
+        if (apart := self._apart(folder, engine)) > 0.05 and STUDENT["onnxruntime"] in named:
             # Where a processor lacks the instructions, sums of int8 overflow.
             typer.echo(f"{engine} is {apart:.2f} off here: 32 bits are used", err=True)
             self._look, _ = board.opened(engine, folder / STUDENT["onnxruntime"], threads)
 
-    def _apart(self, folder: Path) -> float:
-        """How far the engine's numbers for the check's clips are from those of the study's run."""
+    def _apart(self, folder: Path, engine: str) -> float:
+        """How far numbers for the check's clips are from those that the study's run had here."""
         with np.load(folder / "check.npz") as kept:
-            return max(
-                np.abs(self._look(one[None])[0] - own).max()
-                for one, own in zip(*kept.values(), strict=True)
-            )
+            here = np.concatenate([self._look(clip[None]) for clip in kept["clips"]])
+            return float(np.abs(here - kept[engine]).max())
 
     def look(self, clip: np.ndarray) -> dict:
         """What is seen in a clip (F, S, S, 3) uint8: probabilities, box, embedding (D,)."""
