@@ -61,6 +61,15 @@ def test_somebody_elsewhere_in_the_picture_is_somebody_else():
     assert count == 1
 
 
+def test_another_face_at_the_same_place_is_somebody_else():
+    track, box = deciding.Track(alike=0.5), np.array([0.5, 0.5, 0.4, 0.4])
+    for count in (1, 2, 3):
+        assert track.add(box, np.array([0.8, 0.6, 0]), 1.0)[1] == count
+    seen, count = track.add(box, np.array([0, 0, 1.0]), 1.0)
+    np.testing.assert_allclose(seen, [0, 0, 1])
+    assert count == 1
+
+
 boxes = st.tuples(*[st.floats(0.2, 0.8)] * 2, *[st.floats(0.05, 0.4)] * 2)
 
 

@@ -39,8 +39,7 @@ def openvino(path: Path, threads: int) -> tuple[Callable, tuple]:
     import openvino
 
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
+    options["INFERENCE_NUM_THREADS"] = threads
     model = openvino.Core().compile_model(str(path), "CPU", options)
     return lambda values: next(iter(model(values).values())), tuple(model.input(0).shape)
 

@@ -28,8 +28,7 @@ class Level(NamedTuple):
 
 def level_for(levels: Sequence[Level], people: int, clips: int) -> Level:
     """The level for the next larger number of people, else the largest, and at most these clips."""
-    sizes = sorted({one.people for one in levels})
-    size = next((size for size in sizes if size >= people), sizes[-1])
+    size = min((k.people for k in levels if k.people >= people), default=max(levels).people)
     return max(one for one in levels if one.people == size and one.clips <= clips)
 
 
@@ -46,17 +45,19 @@ def answer(embedding, names: list[str], gallery, level: Level) -> tuple[str, str
 
 
 class Track:
-    """The latest looks at one person: boxes that overlap from one clip to the next."""
+    """The latest looks at one person: boxes overlap from one clip to the next, faces are alike."""
 
-    def __init__(self, most: int = MOST):
-        self.most, self.looks = most, []  # of box, embedding, weight
+    def __init__(self, most: int = MOST, alike: float = -1.0):
+        self.most, self.alike, self.looks = most, alike, []  # of an embedding and its weight
+        self.box = self.together = np.zeros(4)
 
     def add(self, box, embedding, weight: float) -> tuple[np.ndarray, int]:
         """The embedding (D,) of all looks, large and sharp ones counting more, and their number."""
-        if self.looks and overlap(self.looks[-1][0], box) < 0.3:
-            self.looks = []
-        self.looks = [*self.looks, (box, embedding, weight)][-self.most :]
-        return unit(sum(weight * seen for _, seen, weight in self.looks)), len(self.looks)
+        if overlap(self.box, box) < 0.3 or self.together @ embedding < self.alike:
+            self.looks = []  # somebody else
+        self.looks = [*self.looks, (embedding, weight)][-self.most :]
+        self.box, self.together = box, unit(sum(weight * seen for seen, weight in self.looks))
+        return self.together, len(self.looks)
 
 
 def entered(clip: np.ndarray) -> np.ndarray:
@@ -67,9 +68,8 @@ def entered(clip: np.ndarray) -> np.ndarray:
 
 def overlap(one, other) -> np.ndarray:
     """Intersection over union (...) of boxes (..., 4), each cx, cy, w, h."""
-    (x, y, w, h), (cx, cy, wide, high) = (
-        np.moveaxis(np.asarray(b, float), -1, 0) for b in (one, other)
-    )
+    x, y, w, h = np.moveaxis(np.asarray(one, float), -1, 0)
+    cx, cy, wide, high = np.moveaxis(np.asarray(other, float), -1, 0)
     across = np.minimum(x + w / 2, cx + wide / 2) - np.maximum(x - w / 2, cx - wide / 2)
     down = np.minimum(y + h / 2, cy + high / 2) - np.maximum(y - h / 2, cy - high / 2)
     both = across.clip(0) * down.clip(0)
@@ -83,17 +83,13 @@ def quality(clip: np.ndarray, box) -> dict[str, float]:
     """
     size = clip.shape[1]
     cx, cy, w, h = (np.asarray(box, float) * size).tolist()
-    rows, columns = (
-        slice(max(int(at - long / 2), 0), max(int(at + long / 2), 2))
-        for at, long in ((cy, h), (cx, w))
-    )
-    grey = clip[len(clip) // 2, rows, columns].astype(float).mean(2)
-    light = float(grey.mean()) if grey.size else 0.0
-    steps = [
-        float(np.abs(np.diff(grey, axis=k)).mean()) if grey.shape[k] > 1 else 0 for k in (0, 1)
-    ]
-    found = {"small": min(w, h) / size, "dark": light}
-    return found | {"blurred": sum(steps) / 2 / max(light, 1.0)}
+    left, top = max(int(cx - w / 2), 0), max(int(cy - h / 2), 0)
+    head = clip[len(clip) // 2, top : int(cy + h / 2) + 1, left : int(cx + w / 2) + 1]
+    grey = head.astype(float).mean(2)
+    pixels = max(grey.size, 1)
+    light, steps = grey.sum() / pixels, [np.abs(np.diff(grey, axis=k)).sum() for k in (0, 1)]
+    sharp = sum(steps) / 2 / pixels / max(light, 1.0)
+    return {"small": min(w, h) / size, "dark": float(light), "blurred": float(sharp)}
 
 
 def follows(look: Callable, clip: np.ndarray, box) -> float:
@@ -103,7 +99,5 @@ def follows(look: Callable, clip: np.ndarray, box) -> float:
     """
     size = clip.shape[1]
     step = size // 8 if box[0] < 0.5 else -(size // 8)  # towards the farther edge
-    moved = np.roll(clip, step, axis=2)
-    edge = slice(0, step) if step > 0 else slice(step, None)
-    moved[:, :, edge] = clip[:, :, :1] if step > 0 else clip[:, :, -1:]
+    moved = clip[:, :, (np.arange(size) - step).clip(0, size - 1)]
     return float((look(moved)["box"][0] - box[0]) * size / step)

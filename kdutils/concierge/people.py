@@ -16,7 +16,7 @@ class TotemError(RuntimeError):
 
 def unit(values: np.ndarray) -> np.ndarray:
     """A vector (D,) at length 1."""
-    return values / max(float(np.linalg.norm(values)), 1e-12)
+    return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
 
 
 class People:

@@ -14,10 +14,11 @@ from contextlib import contextmanager, nullcontext, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
+from unicodedata import normalize
 
 import numpy as np
 import typer
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from kdutils import files
 from kdutils.concierge import board, deciding, recordings
@@ -57,16 +58,16 @@ class Totem:
         self.identity = files.sha256(path)
         engine = board.chosen(engine, [name for name in STUDENT if STUDENT[name] in named])
         self._look, _ = board.opened(engine, folder / STUDENT[engine], threads)
-        if (apart := self._apart(folder, engine)) > 0.05 and STUDENT["onnxruntime"] in named:
+        if engine == "openvino" and (apart := self._apart(folder)) > 0.05:
             # Where a processor lacks the instructions, sums of int8 overflow.
-            typer.echo(f"{engine} is {apart:.2f} off here: 32 bits are used", err=True)
+            typer.echo(f"int8 is {apart:.2f} off here: 32 bits are used", err=True)
             self._look, _ = board.opened(engine, folder / STUDENT["onnxruntime"], threads)
 
-    def _apart(self, folder: Path, engine: str) -> float:
-        """How far numbers for the check's clips are from those that the study's run had here."""
+    def _apart(self, folder: Path) -> float:
+        """How far int8's numbers for the check's clips are from those that the study's run had."""
         with np.load(folder / "check.npz") as kept:
             here = np.concatenate([self._look(clip[None]) for clip in kept["clips"]])
-            return float(np.abs(here - kept[engine]).max())
+            return float(np.abs(here - kept["openvino-int8"]).max())
 
     def look(self, clip: np.ndarray) -> dict:
         """What is seen in a clip (F, S, S, 3) uint8: probabilities, box, embedding (D,)."""
@@ -77,34 +78,36 @@ class Totem:
         return found | {"embedding": unit(out[self.heads["embedding"]])}
 
 
-def clips(source: str, frames: int, size: int, every: int = 1) -> Iterator[tuple]:
+def clips(source: str, frames: int, size: int, every: int = 1, keep=True) -> Iterator[tuple]:
     """Clips (F, S, S, 3) uint8 of a film, camera (/dev/video0) or photograph, with their frames.
 
     Of a video every so many-th frame is looked at. Clips follow one another; an end that is shorter
-    is left out. A photograph is a clip in which nothing moves. Raises :class:`TotemError` naming a
-    source that cannot be read or is shorter than a clip.
+    is left out. A photograph is a clip in which nothing moves. Frames are held only to ``keep``
+    them, since large ones need much memory. Raises :class:`TotemError` naming a source that
+    cannot be read or is shorter than a clip.
     """
-    held, any_yet = [], False
+    small, held, count = [], [], 0
     try:
         if Path(source).suffix.lower() in recordings.PICTURES:
             with Image.open(source) as picture:
                 yield np.stack([recordings.squashed(picture, size)] * frames), []
             return
-        for frame in recordings.video(source):
-            held.append(frame)
-            if len(held) == frames * every:
-                pictures = map(recordings.upright, held[::every])
-                yield np.stack([recordings.squashed(one, size) for one in pictures]), held
-                held, any_yet = [], True
+        for count, frame in enumerate(recordings.video(source), 1):
+            held += [frame] * keep
+            if count % every == 1 % every:
+                small.append(recordings.squashed(recordings.upright(frame), size))
+            if count % (frames * every) == 0:
+                yield np.stack(small), held
+                small, held = [], []
     except Exception as error:  # whatever PyAV and Pillow raise
         raise TotemError(f"{source} cannot be read ({error})") from None
-    if not any_yet:
-        raise TotemError(f"{source} has {len(held)} frames; a clip needs {frames * every}")
+    if count < frames * every:
+        raise TotemError(f"{source} has {count} frames; a clip needs {frames * every}")
 
 
-def looks(totem: Totem, source: str, every: int) -> Iterator[tuple[dict, list]]:
+def looks(totem: Totem, source: str, every: int, keep=False) -> Iterator[tuple[dict, list]]:
     """What is seen in each clip of a source, and its frames; ``why`` it would not do to enrol."""
-    for clip, frames in clips(source, totem.frames, totem.size, every):
+    for clip, frames in clips(source, totem.frames, totem.size, every, keep):
         found = totem.look(clip)
         worth = deciding.quality(clip, found["box"])
         worth["nobody"] = deciding.follows(totem.look, clip, found["box"])
@@ -120,7 +123,6 @@ def film(path: Path) -> Iterator[Callable]:
     Raises :class:`TotemError` where the file cannot be written.
     """
     import av
-    from PIL import ImageDraw
 
     try:
         path.parent.stat()  # a folder that is not there would be noticed at the first frame
@@ -135,8 +137,8 @@ def film(path: Path) -> Iterator[Callable]:
             cx, cy, w, h = (box * np.array(picture.size * 2)).tolist()
             drawing = ImageDraw.Draw(picture)
             edges = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-            drawing.rectangle(edges, outline=(0, 255, 0), width=2)
-            drawing.text((4, 4), text, fill=(0, 255, 0))
+            drawing.rectangle(edges, outline="lime", width=2)
+            drawing.text((4, 4), text, fill="lime")
             if not stream.codec_context.is_open:
                 stream.width, stream.height = picture.size
                 if lasted := (frames[-1].time or 0) - (frames[0].time or 0):  # else it is unknown
@@ -173,9 +175,7 @@ PEOPLE = Path("concierge.sqlite3")
 def enrol(
     name: Annotated[str, typer.Argument(help="The person's name.")],
     sources: Annotated[list[Path], typer.Argument(help="Films or photographs of them alone.")],
-    add: Annotated[
-        bool, typer.Option("--add", help="To what is kept of a person already.")
-    ] = False,
+    add: Annotated[bool, typer.Option("--add", help="To a person who is enrolled.")] = False,
     model: Model = None,
     database: Database = PEOPLE,
     engine: Engine = "",
@@ -197,12 +197,16 @@ def enrol(
         if unit(seen.sum(0) - one) @ one < totem.least["alike"]:
             raise TotemError(f"{where} does not look like the person of the others; use it alone")
     with People.opened(database, new=True) as people:
-        people.add(name, unit(seen.mean(0)), totem.identity, len(used), more=add)
+        kept = dict(zip(*people.gallery(totem.identity, seen.shape[1]), strict=True)) if add else {}
+        mean = unit(seen.mean(0))
+        if mean @ kept.get(normalize("NFC", name), mean) < totem.least["alike"]:
+            raise TotemError(f"these clips do not look like {name!r}, who is enrolled")
+        people.add(name, mean, totem.identity, len(used), more=add)
         count, most = len(people.names()), max(level.people for level in totem.levels)
     print(f"{name} is enrolled from {len(used)} clips" + f" ({said} left out)" * bool(said))
     if count > most:
         said = (
-            f"Thresholds were set with {most:g} people enrolled; with {count} more strangers pass."
+            f"Thresholds were set with {most:g} people; {count} are enrolled: more strangers pass."
         )
         typer.echo(said, err=True)
 
@@ -214,9 +218,7 @@ def recognise(
     database: Database = PEOPLE,
     video: Annotated[Path | None, typer.Option(help="Write an annotated video here.")] = None,
     each: Annotated[bool, typer.Option("--each", help="Decide by each clip alone.")] = False,
-    threshold: Annotated[
-        float | None, typer.Option(help="A cosine above which it is the person; says its cost.")
-    ] = None,
+    threshold: Annotated[float | None, typer.Option(help="A cosine; says its cost.")] = None,
     engine: Engine = "",
     threads: Threads = 0,
     every: Every = 6,
@@ -234,24 +236,22 @@ def recognise(
         typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
     if threshold is not None:
         size = deciding.level_for(totem.levels, len(names), 1).people
-        share = np.mean(np.array(totem.let_in[size]) > threshold)
-        typer.echo(
-            f"Above {threshold:g} one look lets in {100 * share:.0f} % of strangers with "
-            f"{size:g} people enrolled.",
-            err=True,
-        )
-    track = deciding.Track(1 if each else deciding.MOST)
+        share = 100 * np.mean(np.array(totem.let_in[size]) > threshold)
+        cost = f"one look lets in {share:.0f} % of strangers with {size:g} people enrolled"
+        typer.echo(f"Above {threshold:g} {cost}.", err=True)
+        totem.levels = [one._replace(stranger=threshold, person=threshold) for one in totem.levels]
+    track = deciding.Track(1 if each else deciding.MOST, totem.least["alike"])
     # Ctrl-C is how a camera's run ends, or a service's SIGTERM; the film is closed all the same.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with film(video) if video else nullcontext() as add, suppress(KeyboardInterrupt):
         started = time.perf_counter()
-        for number, (found, frames) in enumerate(looks(totem, source, every)):
+        for number, (found, frames) in enumerate(looks(totem, source, every, keep=bool(video))):
             who, person, cosine, together = "nobody", None, -1.0, 0
-            if found["why"] != "nobody":
+            if found["why"] == "nobody":
+                track.looks = []
+            else:
                 seen, together = track.add(found["box"], found["embedding"], found["weight"])
                 level = deciding.level_for(totem.levels, len(names), together)
-                if threshold is not None:
-                    level = level._replace(stranger=threshold, person=threshold)
                 who, person, cosine = deciding.answer(seen, names, gallery, level)
             best = int(found["probabilities"].argmax())
             passed, started = time.perf_counter() - started, time.perf_counter()
@@ -259,7 +259,7 @@ def recognise(
             line |= {"cosine": round(cosine, 4), "clips": together, "emotion": totem.emotions[best]}
             line["probability"] = round(float(found["probabilities"][best]), 4)
             line["box"] = [round(float(v), 4) for v in found["box"]]
-            line["frames_a_second"] = round(len(frames) / passed, 1)
+            line["frames_a_second"] = round(totem.frames * every / passed, 1)
             print(json.dumps(line, ensure_ascii=False), flush=True)
             if add:
                 add(frames, found["box"], f"{line['emotion']}, {person or who}")

@@ -8,13 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from kdutils.concierge.deciding import MOST, Level
+from kdutils.concierge.people import unit
 
 ENROLLED = 2  # clips by which somebody is enrolled here
-
-
-def rows(values: np.ndarray) -> np.ndarray:
-    """Vectors (N, D) at length 1."""
-    return values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), 1e-12)
 
 
 def threshold_for(scores, share: float) -> float:
@@ -22,19 +18,33 @@ def threshold_for(scores, share: float) -> float:
     return float(np.quantile(np.asarray(scores), 1 - share, method="higher"))
 
 
-def few_enough(count: int, share: float) -> float:
-    """The share of ``count`` people let in whose 95 % interval still ends below ``share``.
-
-    Two-sided, exact (Clopper and Pearson 1934); 0 where even nobody of so few would not do.
-    """
+def upper(share, count: int):
+    """The upper end of a share's 95 % interval, of ``count`` people (Clopper and Pearson 1934)."""
     from scipy.stats import beta
 
-    tops = beta.ppf(0.975, np.arange(count) + 1, count - np.arange(count))
-    return max(int((tops <= share).sum()) - 1, 0) / count
+    return beta.ppf(0.975, np.asarray(share) * count + 1, count - np.asarray(share) * count)
+
+
+def few_enough(count: int, share: float) -> float:
+    """The largest share of ``count`` people whose interval still ends below ``share``, or 0.
+
+    Of fewer than about 72 people nobody let in is still no proof of a share of 5 %.
+    """
+    shares = np.arange(count) / count
+    return max(shares[upper(shares, count) <= share], default=0.0)
+
+
+def alike(embeddings: np.ndarray, people: np.ndarray) -> np.ndarray:
+    """Cosines (N,) of each clip with the mean of its person's other clips."""
+    found = []
+    for who in np.unique(people):
+        own = embeddings[people == who]
+        found += (unit(own.sum(0) - own) * unit(own)).sum(1).tolist()
+    return np.array(found)
 
 
 def trials(
-    embeddings: np.ndarray, people: np.ndarray, size: int, clips: int, rounds: int = 40
+    embeddings: np.ndarray, people: np.ndarray, size: int, clips: int, rounds: int = 0
 ) -> dict[str, np.ndarray]:
     """What cosines come out where ``size`` of these people, drawn anew each round, are enrolled.
 
@@ -43,14 +53,14 @@ def trials(
     each look at somebody enrolled, and ``right`` whether that is the person's own.
     """
     rng, found = np.random.default_rng([size, clips]), {"strangers": [], "own": [], "right": []}
-    for _ in range(rounds):
+    for _ in range(rounds or max(40, 400 // size)):
         order = rng.permutation(np.unique(people))
         of_whom = {k: embeddings[rng.permutation(np.flatnonzero(people == k))] for k in order}
-        gallery = rows(np.array([of_whom[k][:ENROLLED].mean(0) for k in order[:size]]))
+        gallery = unit(np.array([of_whom[k][:ENROLLED].mean(0) for k in order[:size]]))
         for place, who in enumerate(order):
             rest = of_whom[who][ENROLLED * (place < size) :]
             whole = len(rest) // clips
-            looks = rows(rest[: whole * clips].reshape(whole, clips, rest.shape[1]).mean(1))
+            looks = unit(rest[: whole * clips].reshape(whole, clips, rest.shape[1]).mean(1))
             cosines = looks @ gallery.T
             found["own" if place < size else "strangers"] += cosines.max(1).tolist()
             found["right"] += (cosines.argmax(1) == place).tolist() if place < size else []
@@ -64,32 +74,35 @@ def levels(embeddings, people, sizes: Sequence[int], share: float) -> list[Level
     not refused; half of them are taken for somebody, the others leave the program unsure, unless
     that would cost more than 5 % of looks at enrolled people.
     """
-    found = []
+    found, allowed = [], few_enough(len(np.unique(people)), share)
     for size in sizes:
-        allowed = few_enough(len(np.unique(people)) - size, share)
         for clips in (1, MOST):
             tried = trials(embeddings, people, size, clips)
             if not len(tried["own"]):  # nobody has so many clips left
                 continue
             low = threshold_for(tried["strangers"], allowed)
-            between = np.sort(tried["own"][tried["own"] > low])[: int(0.05 * len(tried["own"])) + 1]
+            between = np.sort(tried["own"][tried["own"] > low])[: int(0.05 * len(tried["own"]))]
             halved = threshold_for(tried["strangers"], allowed / 2)
             found.append(Level(size, clips, low, min(halved, max(between, default=low))))
     return found
 
 
 def measured(embeddings, people, these: Sequence[Level]) -> dict[str, dict]:
-    """Shares by these levels, named ``<people>x<clips>``: recognised, unsure of, let in."""
+    """Shares by these levels, named ``<people>x<clips>``: recognised, unsure of, let in.
+
+    ``let_in_at_most`` is the upper end of the last one's interval, people taken as the sample.
+    """
     found = {}
     for level in these:
         tried = trials(embeddings, people, int(level.people), int(level.clips))
         if not len(tried["own"]):
             continue
         sure, passed = tried["own"] > level.person, tried["own"] > level.stranger
+        let_in = float((tried["strangers"] > level.person).mean())
         found[f"{level.people:g}x{level.clips:g}"] = {
             "recognised": float((sure & tried["right"]).mean()),
             "unsure": float((passed & ~sure).mean()),
-            "let_in": float((tried["strangers"] > level.person).mean()),
-            "not_refused": float((tried["strangers"] > level.stranger).mean()),
+            "let_in": let_in,
+            "let_in_at_most": float(upper(let_in, len(np.unique(people)))),
         }
     return found

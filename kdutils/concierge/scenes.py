@@ -62,9 +62,7 @@ class Scenes(NamedTuple):
     identities: np.ndarray
 
 
-def draw(
-    identities, n: int, *, frames: int = 8, size: int = 64, jobs: int = 1, **options
-) -> Scenes:
+def draw(identities, n: int, *, frames=8, size=64, jobs=1, **options) -> Scenes:
     """``n`` clips of these people, people and emotions in turn, so that all occur equally often.
 
     Clip i depends on (seed, i, its person, its emotion) alone; a person is the same in every clip.
@@ -74,9 +72,9 @@ def draw(
     import joblib
 
     if not len(identities) or n < 1 or frames < 2 or size < 16:
+        given = f"identities, n, frames, size are {list(identities)}, {n}, {frames}, {size}"
         raise ValueError(
-            f"identities, n, frames, size are {list(identities)}, {n}, {frames}, {size}: at least "
-            "one person, one clip, 2 frames and 16 pixels are needed"
+            f"{given}: at least one person, one clip, 2 frames and 16 pixels are needed"
         )
     people = [int(identities[i % len(identities)]) for i in range(n)]
     feelings = [i // len(identities) % len(EMOTIONS) for i in range(n)]
@@ -88,9 +86,7 @@ def draw(
     return Scenes(np.stack(clips), np.stack(boxes), *labels)
 
 
-def clip(
-    identity: int, emotion: int, *, seed: int, index: int, frames=8, size=64, play: Play = USUAL
-) -> tuple[np.ndarray, np.ndarray]:
+def clip(identity: int, emotion: int, *, seed: int, index: int, frames=8, size=64, play=USUAL):
     """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32.
 
     Of the identity :data:`NOBODY` it shows the room; the box is where a head would have been.
