@@ -2,7 +2,7 @@
 
 Copy this file and a folder of networks to the board, then
 
-    python board.py boards-… --board "Raspberry Pi 4B" --output pi.json
+    python board.py boards --board "Raspberry Pi 4B" --output pi.json
 
 The study's page shows every such file in ``data/records/concierge/boards`` beside the paper's
 tables. It must not import from kdutils, since the board has none of it, and runs on Python 3.8,
