@@ -19,9 +19,6 @@ from pathlib import Path
 
 from kdutils import files, records
 
-# What removes a stopped pool's leftovers outlives us, and would warn after our last line if some
-# were gone already; it is begun with our options.
-_QUIET = "ignore:resource_tracker:UserWarning"
 _ONE_AT_A_TIME = threading.Lock()  # a process has one random state and one number of threads
 
 
@@ -175,11 +172,8 @@ def workers(study, made: list[dict]) -> int:
 
     most = joblib.cpu_count() // (2 if torch.cuda.is_available() else study.threads)
     peak = max((m["peak_memory_mb"] for m in made), default=0)
-    return max(1, min(most, _memory_mb() // peak if peak else most))
-
-
-def _memory_mb() -> int:
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024**2
+    memory_mb = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 1024**2
+    return max(1, min(most, memory_mb // peak if peak else most))
 
 
 def _contents(run, missing: list[dict], share: int) -> Iterator[dict | None]:
@@ -209,8 +203,9 @@ def _in_processes(run, missing: list[dict], share: int) -> Iterator[dict | None]
     from joblib.executor import get_memmapping_executor  # joblib's own: a page may use both
 
     _mark_pool()
-    if _QUIET not in sys.warnoptions:
-        sys.warnoptions.append(_QUIET)
+    # What removes a stopped pool's leftovers outlives us, and would warn after our last line if
+    # some were gone already; it is begun with our options.
+    sys.warnoptions += {"ignore:resource_tracker:UserWarning"} - {*sys.warnoptions}
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
     threads = dict.fromkeys(names, str(run.study.threads))
     begin = {"initializer": _begin, "initargs": (os.getpid(),), "env": threads, "timeout": 300}

@@ -197,7 +197,8 @@ def test_the_cells_tagged_runs_go_on_in_plain_python_where_no_run_has_a_record(s
 def test_as_many_side_by_side_as_fit(monkeypatch, cores, card, options, peaks, expected):
     monkeypatch.setattr("joblib.cpu_count", lambda: cores)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: card)
-    monkeypatch.setattr(spread, "_memory_mb", lambda: 10_000)
+    pages = {"SC_PHYS_PAGES": 10_000, "SC_PAGE_SIZE": 1024**2}
+    monkeypatch.setattr(spread.os, "sysconf", pages.__getitem__)
     wanted = options.pop("workers", None)
     study = runs.Study("tiny", scale="laptop", **options)
     study.workers = wanted
