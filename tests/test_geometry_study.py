@@ -366,7 +366,7 @@ def test_stored_and_asked_answers_teach_almost_the_same(procedure):
 def test_a_student_alone_has_its_measures_and_no_answers_are_asked_for(procedure, monkeypatch):
     monkeypatch.setitem(procedure, "answers", None)
     common = {"total_epochs": 1, "seed": 0, **setting()}
-    results = procedure["student"](terms={}, strangers=[1], **common).results
+    results = procedure["student"](terms={}, strangers=[1, 2], **common).results
     last = results["history"][-1]
     assert last["loss"] == pytest.approx(last["cross_entropy"], rel=1e-5)
     names = ("pearson", "cka", "pictures", "strangers", "specificity", "partial", "cka_specificity")
@@ -419,9 +419,9 @@ def test_a_coefficient_is_chosen_once_all_choice_seeds_have_run_and_by_their_mea
     found = pd.DataFrame(rows, columns=["coefficient", "seed", "validation_accuracy"])
     p = procedure["p"].model_copy(update={"choice_seeds": [100, 101]})
     procedure["held_out"].__globals__["p"] = p
-    means = procedure["held_out"](found, "coefficient")
+    means = procedure["held_out"](found, p.choice_seeds, "coefficient")
     assert means.to_dict() == {1.0: pytest.approx(0.5), 3.0: pytest.approx(0.35)}  # it diverged
-    assert not len(procedure["held_out"](found[:0], "coefficient"))
+    assert not len(procedure["held_out"](found[:0], [100], "coefficient"))
 
 
 WRONG = {
