@@ -552,7 +552,7 @@ def test_more_people_than_thresholds_were_set_with_are_said(model, videos, tmp_p
     words = ["--model", copy, "--database", tmp_path / "p.sqlite3", "--every", 1]
     said = [invoke("enrol", name, v, *words) for name, v in zip(("Ada", "Bo"), videos, strict=True)]
     assert said[0] == "Ada is enrolled from 2 clips\n"
-    assert "were set with 1 people; 2 are enrolled: more strangers pass" in said[1]
+    assert "are for 1 people, 2 are enrolled: more strangers pass" in said[1]
 
 
 def test_people_enrolled_with_another_model_are_not_compared(tmp_path):

@@ -340,7 +340,7 @@ CONCIERGE = {
         *("concierge.board", "concierge.deciding", "concierge.people", "concierge.recordings"),
         *("files", "records"),
     ),
-    "rates": ("concierge.deciding",),
+    "rates": ("concierge.deciding", "concierge.people"),
     "recordings": ("concierge.scenes", "data", "files", "pictures"),
     "scenes": (),
 }

@@ -205,9 +205,7 @@ def enrol(
         count, most = len(people.names()), max(level.people for level in totem.levels)
     print(f"{name} is enrolled from {len(used)} clips" + f" ({said} left out)" * bool(said))
     if count > most:
-        said = (
-            f"Thresholds were set with {most:g} people; {count} are enrolled: more strangers pass."
-        )
+        said = f"Thresholds are for {most:g} people, {count} are enrolled: more strangers pass."
         typer.echo(said, err=True)
 
 
