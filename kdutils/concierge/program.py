@@ -46,7 +46,7 @@ class Totem:
             self.heads = {name: slice(*map(int, told["heads"][name])) for name in HEADS}
             self.levels = [deciding.Level(*map(float, level)) for level in told["levels"]]
             self.least = {name: float(told["least"][name]) for name in ("nobody", "alike", *FAULTS)}
-            self.let_in = {float(k): list(map(float, v)) for k, v in told["let_in"].items()}
+            self.cosines = {float(k): np.array(v, float) for k, v in told["cosines"].items()}
             named = dict(told["files"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             what_now = "run the study, or name its folder"
@@ -190,12 +190,13 @@ def enrol(
             if not found["why"]:
                 used[f"{source}, clip {number},"] = found["embedding"]
     said = ", ".join(f"{count} {why}" for why, count in sorted(refused.items()) if why)
+    said = said.replace("nobody", "nobody or two people")
     if not used:
         raise TotemError(f"{name!r} was not enrolled; of its clips: {said}")
     seen = np.array(list(used.values()))
     for where, one in used.items() if len(used) > 1 else ():
         if unit(seen.sum(0) - one) @ one < totem.least["alike"]:
-            raise TotemError(f"{where} does not look like the person of the others; use it alone")
+            raise TotemError(f"{where} and the others do not look like one person; leave it out")
     with People.opened(database, new=True) as people:
         kept = dict(zip(*people.gallery(totem.identity, seen.shape[1]), strict=True)) if add else {}
         mean = unit(seen.mean(0))
@@ -234,9 +235,9 @@ def recognise(
         typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
     if threshold is not None:
         size = deciding.level_for(totem.levels, len(names), 1).people
-        share = 100 * np.mean(np.array(totem.let_in[size]) > threshold)
-        cost = f"one look lets in {share:.0f} % of strangers with {size:g} people enrolled"
-        typer.echo(f"Above {threshold:g} {cost}.", err=True)
+        let_in, known = 100 * (totem.cosines[size] > threshold).mean(1)  # of strangers, of others
+        cost = f"one look lets in {let_in:.0f} % of strangers, misses {100 - known:.0f} % of people"
+        typer.echo(f"Above {threshold:g}, with {size:g} enrolled, {cost}.", err=True)
         totem.levels = [one._replace(stranger=threshold, person=threshold) for one in totem.levels]
     track = deciding.Track(1 if each else deciding.MOST, totem.least["alike"])
     # Ctrl-C is how a camera's run ends, or a service's SIGTERM; the film is closed all the same.

@@ -44,21 +44,22 @@ def alike(embeddings: np.ndarray, people: np.ndarray) -> np.ndarray:
 
 
 def trials(
-    embeddings: np.ndarray, people: np.ndarray, size: int, clips: int, rounds: int = 0
+    embeddings: np.ndarray, people: np.ndarray, size: int, clips: int, rounds: int = 0, shown=None
 ) -> dict[str, np.ndarray]:
     """What cosines come out where ``size`` of these people, drawn anew each round, are enrolled.
 
     ``embeddings`` (N, D) are of clips of ``people`` (N,). A look is the mean of so many clips.
     ``strangers`` holds the largest cosine of each look at somebody else, ``own`` the largest one of
-    each look at somebody enrolled, and ``right`` whether that is the person's own.
+    each look at somebody enrolled, and ``right`` whether that is the person's own. ``shown`` (N, D)
+    are embeddings that looks are of in place of the clips', so of the same clips seen otherwise.
     """
     rng, found = np.random.default_rng([size, clips]), {"strangers": [], "own": [], "right": []}
     for _ in range(rounds or max(40, 400 // size)):
         order = rng.permutation(np.unique(people))
-        of_whom = {k: embeddings[rng.permutation(np.flatnonzero(people == k))] for k in order}
-        gallery = unit(np.array([of_whom[k][:ENROLLED].mean(0) for k in order[:size]]))
+        at = {k: rng.permutation(np.flatnonzero(people == k)) for k in order}
+        gallery = unit(np.array([embeddings[at[k][:ENROLLED]].mean(0) for k in order[:size]]))
         for place, who in enumerate(order):
-            rest = of_whom[who][ENROLLED * (place < size) :]
+            rest = (embeddings if shown is None else shown)[at[who][ENROLLED * (place < size) :]]
             whole = len(rest) // clips
             looks = unit(rest[: whole * clips].reshape(whole, clips, rest.shape[1]).mean(1))
             cosines = looks @ gallery.T
@@ -87,22 +88,22 @@ def levels(embeddings, people, sizes: Sequence[int], share: float) -> list[Level
     return found
 
 
-def measured(embeddings, people, these: Sequence[Level]) -> dict[str, dict]:
+def measured(embeddings, people, these: Sequence[Level], shown=None) -> dict[str, dict]:
     """Shares by these levels, named ``<people>x<clips>``: recognised, unsure of, let in.
 
-    ``let_in_at_most`` is the upper end of the last one's interval, people taken as the sample.
+    Arguments are those of :func:`trials`. ``let_in_at_most`` is the upper end of the last one's
+    interval, people taken as the sample.
     """
     found = {}
     for level in these:
-        tried = trials(embeddings, people, int(level.people), int(level.clips))
+        tried = trials(embeddings, people, int(level.people), int(level.clips), shown=shown)
         if not len(tried["own"]):
             continue
         sure, passed = tried["own"] > level.person, tried["own"] > level.stranger
-        let_in = float((tried["strangers"] > level.person).mean())
         found[f"{level.people:g}x{level.clips:g}"] = {
             "recognised": float((sure & tried["right"]).mean()),
             "unsure": float((passed & ~sure).mean()),
-            "let_in": let_in,
+            "let_in": (let_in := float((tried["strangers"] > level.person).mean())),
             "let_in_at_most": float(upper(let_in, len(np.unique(people)))),
         }
     return found
