@@ -84,6 +84,7 @@ def device(model, tmp_path):
             raise found.exception
         return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
 
+    run.model = model
     return run
 
 
@@ -218,6 +219,30 @@ def test_a_camera_that_goes_away_is_said_and_the_film_can_be_played(device, tmp_
     assert device.said.count('"answer": "stranger"') == 2
     monkeypatch.undo()
     assert len(list(recordings.video(str(tmp_path / "seen.mp4")))) == 8
+
+
+def test_whoever_is_forgotten_or_enrolled_meanwhile_is_so_at_once(
+    device, of, tmp_path, monkeypatch
+):
+    """While the program looks at a camera, another one is given the command."""
+    device("enrol", "Ada", of(RED, "ada.mp4"))
+    others = {4: ["forget", "Ada"], 8: ["enrol", "Ida", of(RED, "ida.mp4")]}
+    video = recordings.video
+
+    def camera(source):
+        if source != "/dev/video0":
+            yield from video(source)
+            return
+        for k, picture in enumerate(heads(RED, count=12)):
+            if k in others:
+                said = CliRunner().invoke(program.app, list(map(str, [*others[k], *options])))
+                assert said.exit_code == 0, said.output
+            yield av.VideoFrame.from_ndarray(picture)
+
+    options = ["--database", tmp_path / "p.sqlite3"]
+    others[8] += ["--model", device.model, "--every", "1"]
+    monkeypatch.setattr(recordings, "video", camera)
+    assert answers(device("recognise", "/dev/video0")) == ["Ada", "stranger", "Ida"]
 
 
 def test_damaged_databases_are_named_and_left_as_they_are(device, of, tmp_path):

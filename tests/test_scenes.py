@@ -118,7 +118,7 @@ def test_a_person_is_the_same_in_every_clip_and_people_differ(monkeypatch):
     [([], 3, 8, 64), ([1], 0, 8, 64), ([1], 3, 1, 64), ([1], 3, 8, 15)],
 )
 def test_too_little_to_draw_is_refused_in_one_sentence(identities, n, frames, size):
-    with pytest.raises(ValueError, match="at least one person, one clip, 2 frames and 16 pixels"):
+    with pytest.raises(ValueError, match="one person, one clip, 2 frames, 16 pixels are the least"):
         scenes.draw(identities, n, seed=0, frames=frames, size=size)
 
 

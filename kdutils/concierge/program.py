@@ -210,6 +210,15 @@ def enrol(
         typer.echo(said, err=True)
 
 
+def enrolled(database: Path, totem: Totem) -> tuple[list[str], np.ndarray]:
+    """Names and embeddings (N, D) of those in a database; nobody's where there is none."""
+    width = totem.heads["embedding"].stop - totem.heads["embedding"].start
+    if not database.exists():
+        return [], np.empty((0, width))
+    with People.opened(database) as people:
+        return people.gallery(totem.identity, width)
+
+
 @app.command("recognise")
 def recognise(
     source: Annotated[str, typer.Argument(help="A film, a photograph, a camera: /dev/video0.")],
@@ -226,11 +235,7 @@ def recognise(
     if video and video.resolve() == Path(source).resolve():
         raise TotemError(f"--video would overwrite {source}, which is to be read")
     totem = Totem(model or newest(), engine, threads)
-    width = totem.heads["embedding"].stop - totem.heads["embedding"].start
-    names, gallery = [], np.empty((0, width))
-    if database.exists():
-        with People.opened(database) as people:
-            names, gallery = people.gallery(totem.identity, width)
+    names, _ = enrolled(database, totem)
     if not names:
         typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
     if threshold is not None:
@@ -250,6 +255,7 @@ def recognise(
                 track.looks = []
             else:
                 seen, together = track.add(found["box"], found["embedding"], found["weight"])
+                names, gallery = enrolled(database, totem)  # somebody may be forgotten meanwhile
                 level = deciding.level_for(totem.levels, len(names), together)
                 who, person, cosine = deciding.answer(seen, names, gallery, level)
             best = int(found["probabilities"].argmax())

@@ -155,9 +155,8 @@ class Clips(data.Batches):
         self.flip, self.shuffle = flip, shuffle
         self.device = torch.device(device)
         self.part, self._content = part, part.fingerprint()
-        self.clips, self.boxes, self.labels, self.people = (
-            torch.as_tensor(values, device=self.device) for values in part[:4]
-        )
+        tensors = [torch.as_tensor(values, device=self.device) for values in part[:4]]
+        self.clips, self.boxes, self.labels, self.people = tensors
 
     def identity(self) -> str:
         options = (self.batch_size, self.seed, self.pad, self.flip, self.shuffle)

@@ -73,9 +73,7 @@ def draw(identities, n: int, *, frames=8, size=64, jobs=1, **options) -> Scenes:
 
     if not len(identities) or n < 1 or frames < 2 or size < 16:
         given = f"identities, n, frames, size are {list(identities)}, {n}, {frames}, {size}"
-        raise ValueError(
-            f"{given}: at least one person, one clip, 2 frames and 16 pixels are needed"
-        )
+        raise ValueError(f"{given}: one person, one clip, 2 frames, 16 pixels are the least")
     people = [int(identities[i % len(identities)]) for i in range(n)]
     feelings = [i // len(identities) % len(EMOTIONS) for i in range(n)]
     options |= {"frames": frames, "size": size}
