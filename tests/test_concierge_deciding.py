@@ -37,7 +37,7 @@ def test_the_nearest_is_the_person_unsure_or_a_stranger(embedding, said):
 
 
 def test_where_nobody_is_enrolled_all_are_strangers():
-    none = deciding.answer(np.ones(3), [], np.empty((0, 3)), Level(1, 1, -2, -2))
+    none = deciding.answer(np.ones(3), [], np.empty((0, 3)), Level(1, 1, -1, -1))
     assert none == ("stranger", None, -1.0)
 
 

@@ -76,10 +76,10 @@ def device(model, tmp_path):
     """The program, with this model and a fresh database; ``device.said`` is what it said last."""
 
     def run(*words):
-        options = ["--database", tmp_path / "p.sqlite3"]
+        options = [] if "--database" in words else ["--database", tmp_path / "p.sqlite3"]
         options += ["--model", model, "--every", 1] if words[0] in ("enrol", "recognise") else []
         found = CliRunner().invoke(program.app, list(map(str, [*words, *options])))
-        run.said = found.stdout
+        run.said = found.output
         if found.exception:
             raise found.exception
         return [json.loads(line) for line in found.stdout.splitlines() if line.startswith("{")]
@@ -205,6 +205,24 @@ def test_a_film_is_seen_as_its_mark_says(device, tmp_path, degrees):
     turned(tmp_path / "a.mp4", degrees)
     for line in device("recognise", tmp_path / "a.mp4"):
         np.testing.assert_allclose(line["box"][:2], [16 / 64, 36 / 64], atol=0.03)
+
+
+def test_who_looks_like_somebody_enrolled_is_said(device, of, tmp_path):
+    device("enrol", "Ada", of(RED, "ada.mp4"))
+    device("enrol", "Bo", of(BLUE, "bo.mp4"))
+    assert "looks like" not in device.said
+    device("enrol", "Ida", of(RED, "ida.mp4"))
+    assert "Ida looks like Ada: they will be mistaken." in device.said
+    device("enrol", "Ada", of(RED, "again.mp4"), "--add")
+    assert "Ada looks like Ida: they" in device.said
+
+
+def test_a_database_may_lie_in_a_folder_that_is_not_there_yet(device, of, tmp_path):
+    device(
+        "enrol", "Ada", of(RED, "ada.mp4"), "--database", tmp_path / "new" / "door" / "d.sqlite3"
+    )
+    device("list", "--database", tmp_path / "new" / "door" / "d.sqlite3")
+    assert device.said == "Ada\n"
 
 
 def test_a_camera_that_goes_away_is_said_and_the_film_can_be_played(device, tmp_path, monkeypatch):

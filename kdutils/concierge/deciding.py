@@ -34,13 +34,9 @@ def level_for(levels: Sequence[Level], people: int, clips: int) -> Level:
 
 def answer(embedding, names: list[str], gallery, level: Level) -> tuple[str, str | None, float]:
     """``person``, ``unsure`` or ``stranger``; the person where it is one; the largest cosine."""
-    if not names:
-        return "stranger", None, -1.0
-    cosines = gallery @ embedding
-    best = int(cosines.argmax())
-    cosine = float(cosines[best])
+    cosine, name = max(zip((gallery @ embedding).tolist(), names, strict=True), default=(-1.0, ""))
     if cosine > level.person:
-        return "person", names[best], cosine
+        return "person", name, cosine
     return ("unsure" if cosine > level.stranger else "stranger"), None, cosine
 
 

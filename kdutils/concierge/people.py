@@ -40,6 +40,7 @@ class People:
         if not path.exists():
             if not new:
                 raise TotemError(f"{path} does not exist: nobody is enrolled")
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(0o600)  # its owner's alone, and so is SQLite's journal
         wanted = [column.split()[0] for column in cls.COLUMNS]
         try:
@@ -74,7 +75,7 @@ class People:
             there = self.database.execute(query, [name]).fetchall()
             if bool(there) != more:
                 known = f"is enrolled already; add to {name!r} with --add, or forget {name!r} first"
-                raise TotemError(f"{name!r} {'is not enrolled' if more else known}")
+                raise TotemError(f"{name!r} {'is not enrolled: no --add' if more else known}")
             for _, content, made_by, count in there:
                 before = self._embedding(name, content, made_by, model, len(embedding))
                 embedding, clips = unit(count * before + clips * embedding), count + clips
@@ -88,7 +89,7 @@ class People:
         with self.database:
             gone = self.database.execute(f"DELETE FROM people{which}", [name] * bool(name)).rowcount
         if name and not gone:
-            raise TotemError(f"{name!r} is not enrolled in {self.path}")
+            raise TotemError(f"{name!r} is not enrolled in {self.path}; list says who is")
         self.database.execute("VACUUM")
 
     def names(self) -> list[str]:

@@ -102,7 +102,7 @@ def clips(source: str, frames: int, size: int, every: int = 1, keep=True) -> Ite
     except Exception as error:  # whatever PyAV and Pillow raise
         raise TotemError(f"{source} cannot be read ({error})") from None
     if count < frames * every:
-        raise TotemError(f"{source} has {count} frames; a clip needs {frames * every}")
+        raise TotemError(f"{source} has {count} frames; a clip needs {frames * every} (--every)")
 
 
 def looks(totem: Totem, source: str, every: int, keep=False) -> Iterator[tuple[dict, list]]:
@@ -138,7 +138,7 @@ def film(path: Path) -> Iterator[Callable]:
             drawing = ImageDraw.Draw(picture)
             edges = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
             drawing.rectangle(edges, outline="lime", width=2)
-            drawing.text((4, 4), text, fill="lime")
+            drawing.text((4, 4), text, "lime", font_size=max(10, picture.height // 16))
             if not stream.codec_context.is_open:
                 stream.width, stream.height = picture.size
                 if lasted := (frames[-1].time or 0) - (frames[0].time or 0):  # else it is unknown
@@ -163,19 +163,20 @@ def newest() -> Path:
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
-Model = Annotated[Path | None, typer.Option(help="Folder with model.json; else the newest.")]
+Model = Annotated[Path | None, typer.Option(help="Folder with model.json; else the last made.")]
 Database = Annotated[Path, typer.Option(help="The SQLite file of enrolled people.")]
 Engine = Annotated[str, typer.Option(help="openvino or onnxruntime; else the first there is.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the engine; 0: as it likes.")]
-Every = Annotated[int, typer.Option(min=1, help="A clip has every so many-th frame of the video.")]
+Every = Annotated[int, typer.Option(min=1, help="Frames from one of a clip's eight to the next.")]
 PEOPLE = Path("concierge.sqlite3")
+THRESHOLD = "The cosine above which it is somebody, whoever is enrolled; says its cost."
 
 
 @app.command("enrol")
 def enrol(
     name: Annotated[str, typer.Argument(help="The person's name.")],
     sources: Annotated[list[Path], typer.Argument(help="Films or photographs of them alone.")],
-    add: Annotated[bool, typer.Option("--add", help="To a person who is enrolled.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Add to a person who is enrolled.")] = False,
     model: Model = None,
     database: Database = PEOPLE,
     engine: Engine = "",
@@ -186,25 +187,26 @@ def enrol(
     totem, used, refused = Totem(model or newest(), engine, threads), {}, Counter()
     for source in sources:
         for number, (found, _) in enumerate(looks(totem, str(source), every), 1):
-            refused[found["why"]] += 1
+            refused[found["why"].replace("nobody", "nobody or two people")] += 1
             if not found["why"]:
                 used[f"{source}, clip {number},"] = found["embedding"]
     said = ", ".join(f"{count} {why}" for why, count in sorted(refused.items()) if why)
-    said = said.replace("nobody", "nobody or two people")
     if not used:
         raise TotemError(f"{name!r} was not enrolled; of its clips: {said}")
     seen = np.array(list(used.values()))
     for where, one in used.items() if len(used) > 1 else ():
         if unit(seen.sum(0) - one) @ one < totem.least["alike"]:
-            raise TotemError(f"{where} and the others do not look like one person; leave it out")
+            raise TotemError(f"{where} and the others do not look like one person: leave one out")
     with People.opened(database, new=True) as people:
-        kept = dict(zip(*people.gallery(totem.identity, seen.shape[1]), strict=True)) if add else {}
-        mean = unit(seen.mean(0))
-        if mean @ kept.get(normalize("NFC", name), mean) < totem.least["alike"]:
+        kept = dict(zip(*people.gallery(totem.identity, seen.shape[1]), strict=True))
+        mean, limit = unit(seen.mean(0)), deciding.level_for(totem.levels, len(kept), 1).person
+        if mean @ kept.pop(normalize("NFC", name), mean) < totem.least["alike"] and add:
             raise TotemError(f"these clips do not look like {name!r}, who is enrolled")
         people.add(name, mean, totem.identity, len(used), more=add)
         count, most = len(people.names()), max(level.people for level in totem.levels)
-    print(f"{name} is enrolled from {len(used)} clips" + f" ({said} left out)" * bool(said))
+    print(f"{name}: {len(used)} clips {'added' if add else 'enrolled'}; left out: {said or 'none'}")
+    if twins := [other for other, one in kept.items() if mean @ one > limit]:
+        typer.echo(f"{name} looks like {', '.join(twins)}: they will be mistaken.", err=True)
     if count > most:
         said = f"Thresholds are for {most:g} people, {count} are enrolled: more strangers pass."
         typer.echo(said, err=True)
@@ -226,7 +228,7 @@ def recognise(
     database: Database = PEOPLE,
     video: Annotated[Path | None, typer.Option(help="Write an annotated video here.")] = None,
     each: Annotated[bool, typer.Option("--each", help="Decide by each clip alone.")] = False,
-    threshold: Annotated[float | None, typer.Option(help="A cosine; says its cost.")] = None,
+    threshold: Annotated[float | None, typer.Option(min=-1, max=1, help=THRESHOLD)] = None,
     engine: Engine = "",
     threads: Threads = 0,
     every: Every = 6,
@@ -234,14 +236,16 @@ def recognise(
     """Box, emotion and person, unsure, stranger or nobody of every clip, as JSON lines."""
     if video and video.resolve() == Path(source).resolve():
         raise TotemError(f"--video would overwrite {source}, which is to be read")
+    if video and Path(source).suffix.lower() in recordings.PICTURES:
+        raise TotemError(f"--video writes films, and {source} is a photograph")
     totem = Totem(model or newest(), engine, threads)
     names, _ = enrolled(database, totem)
     if not names:
         typer.echo(f"Nobody is enrolled in {database}: everybody is a stranger.", err=True)
     if threshold is not None:
         size = deciding.level_for(totem.levels, len(names), 1).people
-        let_in, known = 100 * (totem.cosines[size] > threshold).mean(1)  # of strangers, of others
-        cost = f"one look lets in {let_in:.0f} % of strangers, misses {100 - known:.0f} % of people"
+        let_in, known = 100 * (totem.cosines[size] > threshold).mean(1)
+        cost = f"one look lets in {let_in:.0f} % of strangers, names {known:.0f} % of people"
         typer.echo(f"Above {threshold:g}, with {size:g} enrolled, {cost}.", err=True)
         totem.levels = [one._replace(stranger=threshold, person=threshold) for one in totem.levels]
     track = deciding.Track(1 if each else deciding.MOST, totem.least["alike"])
@@ -250,7 +254,7 @@ def recognise(
     with film(video) if video else nullcontext() as add, suppress(KeyboardInterrupt):
         started = time.perf_counter()
         for number, (found, frames) in enumerate(looks(totem, source, every, keep=bool(video))):
-            who, person, cosine, together = "nobody", None, -1.0, 0
+            who, person, cosine, together, level = "nobody", None, -1.0, 0, None
             if found["why"] == "nobody":
                 track.looks = []
             else:
@@ -258,21 +262,21 @@ def recognise(
                 names, gallery = enrolled(database, totem)  # somebody may be forgotten meanwhile
                 level = deciding.level_for(totem.levels, len(names), together)
                 who, person, cosine = deciding.answer(seen, names, gallery, level)
-            best = int(found["probabilities"].argmax())
+            sure, emotion = max(zip(found["probabilities"].tolist(), totem.emotions, strict=True))
             passed, started = time.perf_counter() - started, time.perf_counter()
             line = {"frame": number * totem.frames * every, "answer": who, "person": person}
-            line |= {"cosine": round(cosine, 4), "clips": together, "emotion": totem.emotions[best]}
-            line["probability"] = round(float(found["probabilities"][best]), 4)
+            line |= {"cosine": round(cosine, 4), "needed": level and level.person}
+            line |= {"clips": together, "emotion": emotion, "probability": round(sure, 4)}
             line["box"] = [round(float(v), 4) for v in found["box"]]
             line["frames_a_second"] = round(totem.frames * every / passed, 1)
             print(json.dumps(line, ensure_ascii=False), flush=True)
             if add:
-                add(frames, found["box"], f"{line['emotion']}, {person or who}")
+                add(frames, found["box"], f"{emotion}, {person or who}")
 
 
 @app.command("forget")
 def forget(
-    name: Annotated[str, typer.Argument(help="The person's name.")] = "",
+    name: Annotated[str, typer.Argument(help="The person's name, or --all.")] = "",
     everybody: Annotated[bool, typer.Option("--all", help="Everybody who is enrolled.")] = False,
     database: Database = PEOPLE,
 ):

@@ -77,7 +77,7 @@ def levels(embeddings, people, sizes: Sequence[int], share: float) -> list[Level
     """
     found, allowed = [], few_enough(len(np.unique(people)), share)
     for size in sizes:
-        for clips in (1, MOST):
+        for clips in range(1, MOST + 1):
             tried = trials(embeddings, people, size, clips)
             if not len(tried["own"]):  # nobody has so many clips left
                 continue
@@ -89,7 +89,7 @@ def levels(embeddings, people, sizes: Sequence[int], share: float) -> list[Level
 
 
 def measured(embeddings, people, these: Sequence[Level], shown=None) -> dict[str, dict]:
-    """Shares by these levels, named ``<people>x<clips>``: recognised, unsure of, let in.
+    """Shares by these levels, named ``<people>x<clips>``: recognised, misnamed, unsure of, let in.
 
     Arguments are those of :func:`trials`. ``let_in_at_most`` is the upper end of the last one's
     interval, people taken as the sample.
@@ -102,6 +102,7 @@ def measured(embeddings, people, these: Sequence[Level], shown=None) -> dict[str
         sure, passed = tried["own"] > level.person, tried["own"] > level.stranger
         found[f"{level.people:g}x{level.clips:g}"] = {
             "recognised": float((sure & tried["right"]).mean()),
+            "misnamed": float((sure & ~tried["right"]).mean()),
             "unsure": float((passed & ~sure).mean()),
             "let_in": (let_in := float((tried["strangers"] > level.person).mean())),
             "let_in_at_most": float(upper(let_in, len(np.unique(people)))),
