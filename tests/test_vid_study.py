@@ -1,9 +1,11 @@
 """Study 2: its pictures, networks and stored teacher, the authors' slips, its page."""
 
 import csv
+from types import SimpleNamespace
 
 import jupytext
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy import special, stats
@@ -246,6 +248,56 @@ def test_a_random_trial_is_fixed_by_its_number(tmp_path, monkeypatch):
     assert names["drawn"](7) == every[7]
 
 
+def test_tpe_finds_what_helps_and_keeps_what_each_trial_was(names, monkeypatch):
+    """Of a study in which the share alone decides, and whose runs above 0.9 diverge."""
+    asked = []
+
+    def computed(how):
+        asked.append(how)
+        ended = {"history": [{"validation_accuracy": 1 - abs(how["share"] - 0.3)}]}
+        return SimpleNamespace(
+            content={"results": ended if how["share"] < 0.9 else {"error": "nan"}}
+        )
+
+    monkeypatch.setattr(names["vid"], "find", lambda how: None)
+    monkeypatch.setattr(names["vid"], "compute", computed)
+    search = names["search"].function
+    trials = search(None, trials=30, seeds=[100, 101], seed=0, how={"coded": False})["trials"]
+    assert [(one["seed"], one["teacher_seed"]) for one in asked] == [(100, 1100), (101, 1101)] * 30
+    assert all(one["coded"] is False for one in asked)
+    for one, told in zip(asked[::2], trials, strict=True):
+        assert (one["weights"], one["share"]) == (told["weights"], told["share"])
+        expected = 1 - abs(one["share"] - 0.3) if one["share"] < 0.9 else 0.0
+        assert told["validation_accuracy"] == pytest.approx(expected)
+        weights = np.array(one["weights"])
+        assert weights.shape == (4, 4)
+        assert weights.sum() == pytest.approx(4, abs=0.001)
+    late = np.mean([one["validation_accuracy"] for one in trials[15:]])
+    assert late > np.mean([one["validation_accuracy"] for one in trials[:10]])
+    again = search(None, trials=30, seeds=[100, 101], seed=0, how={"coded": False})["trials"]
+    assert again == trials
+
+
+def test_the_thesiss_links_have_a_fourth_of_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
+    asked = []
+    monkeypatch.setattr(
+        "kdutils.runs.Study.map",
+        lambda self, run, arguments, **_: (
+            asked.extend((run.name, one) for one in arguments) or pd.DataFrame()
+        ),
+    )
+    names = notebooks.procedure("vid", {"scale": "paper"}, ("runs",))
+    thesis = [one for run, one in asked if run == "vid" and one["optimizer"] == "sgd"]
+    assert {(one["lr"], one["epochs"], one["share"]) for one in thesis} == {(0.1, 100, 0.5)}
+    assert all(np.sum(one["weights"]) == 1 for one in thesis)
+    assert [(one["coded"], one["mode"]) for one in thesis[::3]] == [
+        (True, "training"),
+        (False, "eval"),
+    ] * 3
+    assert list(names["by_thesis"])[2:4] == ["Hinton, as coded", "pairwise, as coded"]
+
+
 def test_lead_and_rank_of_the_third_layer(names):
     only_third = (np.eye(4)[2][:, None] * np.ones(4)).tolist()
     even = np.ones((4, 4)).tolist()
@@ -257,6 +309,9 @@ def test_lead_and_rank_of_the_third_layer(names):
 def test_what_the_authors_printed_has_its_place():
     with open(PROJECT / "data" / "reported" / "vid.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
+    thesis = [row for row in rows if row["commit"] == "0ee33d9"]
+    assert [float(row["accuracy"]) for row in thesis] == [0.541, 0.563, 0.591, 0.590, 0.595, 0.608]
+    rows = [row for row in rows if row not in thesis]
     assert {row["commit"] for row in rows} == {"9447244"}
     assert all(row["file"].startswith("code/") and int(row["cell"]) for row in rows)
     failed = [row for row in rows if row["method"] == "Hinton" and row["accuracy"] == "0.1"]
