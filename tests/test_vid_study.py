@@ -288,14 +288,53 @@ def test_the_thesiss_links_have_a_fourth_of_all(tmp_path, monkeypatch):
         ),
     )
     names = notebooks.procedure("vid", {"scale": "paper"}, ("runs",))
-    thesis = [one for run, one in asked if run == "vid" and one["optimizer"] == "sgd"]
-    assert {(one["lr"], one["epochs"], one["share"]) for one in thesis} == {(0.1, 100, 0.5)}
-    assert all(np.sum(one["weights"]) == 1 for one in thesis)
-    assert [(one["coded"], one["mode"]) for one in thesis[::3]] == [
-        (True, "training"),
-        (False, "eval"),
-    ] * 3
-    assert list(names["by_thesis"])[2:4] == ["Hinton, as coded", "pairwise, as coded"]
+    coded = [one for run, one in asked if run == "thesis"]
+    written = [one for run, one in asked if run == "vid" and one["optimizer"] == "sgd"]
+    assert [one["weights"] for one in coded] == [one["weights"] for one in written]
+    assert {(one["lr"], one["epochs"]) for one in coded + written} == {(0.1, 100)}
+    assert all(np.sum(one["weights"]) == 1 for one in coded)
+    assert {(one["share"], one["coded"]) for one in written} == {(0.5, False)}
+    assert list(names["by_thesis"])[2:5] == [
+        "Hinton, as coded",
+        "pairwise, as coded",
+        "pairwise, as written",
+    ]
+
+
+def test_the_thesiss_variances_stay_where_they_began(names, monkeypatch):
+    """And its loss is half the labels', half of Σ (t − μ)² ln 2 / 2 + ln(ln 2) / 2, weighted."""
+    setting = SETTING | {"optimizer": "sgd", "lr": 0.1}
+    kept, trained = {}, names["fit"]
+
+    def fit(run, model, images, loss, s, **snapshots):
+        if snapshots:  # the teacher
+            return trained(run, model, images, loss, s, **snapshots)
+        (batch, *_) = images.train(1)
+        value = loss(model.train(), batch)
+        value.backward()
+        kept.update(model=model, value=value.item(), batch=batch)
+        return {}
+
+    monkeypatch.setitem(names["thesis"].function.__globals__, "fit", fit)
+    weights = (np.eye(4) / 4).tolist()
+    asked = {k: PAIR[k] for k in ("teacher", "teacher_seed", "network", "seed")}
+    names["thesis"].function(None, weights=weights, **asked, **setting)
+    model, batch = kept["model"], kept["batch"]
+    assert all(alpha.grad is None and not alpha.any() for alpha in model.vid.alpha.values())
+    assert all(p.grad is not None for p in model.student.parameters())
+    stored, _ = names["knowledge"](
+        "convtiny", 1000, "training", names["LAYERS"], names["parts"](0, setting).train, setting
+    )
+    fresh = names["pupil"]("convverytiny", stored, weights, True, "sum", 0, setting).train()
+    own = fresh.student(batch.images)
+    expected = torch.nn.functional.cross_entropy(own["logits"], batch.labels)
+    for k, layer in enumerate(names["LAYERS"]):
+        far = stored[layer][batch.index].float() - fresh.vid.regressors[f"{k}-{k}"](own[layer])
+        expected = (
+            expected
+            + (far.square().flatten(1).sum(1).mean() * np.log(2) / 2 + np.log(np.log(2)) / 2) / 4
+        )
+    assert kept["value"] == pytest.approx(float(expected) / 2, rel=1e-3)
 
 
 def test_lead_and_rank_of_the_third_layer(names):
