@@ -2,6 +2,7 @@
 
 import re
 
+import nbformat
 import pytest
 from tiny import tiny_study
 
@@ -90,3 +91,13 @@ def test_caveats_name_scales_and_what_survives_the_correction():
         "not yet: study c. 1 of the 2 replicated with a p-value survive a correction for many "
         "claims."
     )
+
+
+@pytest.mark.parametrize(
+    "path", sorted(notebooks.FOLDER.glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_nothing_that_a_page_shows_is_a_warning(path):
+    """A library's, for one: it is stored with a cell's outputs, and readers would see it."""
+    cells = nbformat.read(path, as_version=4).cells
+    every = [output for cell in cells for output in cell.get("outputs", [])]
+    assert [o.text for o in every if o.output_type == "stream" and o.name == "stderr"] == []
