@@ -182,52 +182,40 @@ class MovingCentres(torch.nn.Module):
 
 
 def geometric(
-    student: tuple[torch.Tensor, torch.Tensor],
-    teacher: tuple[torch.Tensor, torch.Tensor],
-    similarity: str = "cosine",
+    student: tuple[torch.Tensor, torch.Tensor], teacher: tuple[torch.Tensor, torch.Tensor]
 ) -> torch.Tensor:
     """The geometric term (Tatarnikova and Raskopina, section II): class similarities compared.
 
-    The mean of (S_student − S_teacher)² over pairs of different classes that both know. S is, of
-    centres c measured from the mean of the compared classes' centres,
-
-    - ``cosine``: the cosine of the angle between two of them;
-    - ``rbf``: exp(−d² / 2σ²) of their distance d; σ² is the mean d² over the pairs compared, taken
-      in each network's own space.
-
-    Neither S changes when all features are rotated, mirrored, shifted, or scaled by one positive
-    factor, or are embedded in a wider space. A factor for each channel or each class changes it.
-    Only ``rbf`` sees how far centres lie from the mean.
+    The mean of (S_student − S_teacher)² over pairs of different classes that both know. S is the
+    cosine of the angle between two centres, measured from the mean of the compared classes' centres
+    (the paper names no similarity). It does not change when all features are rotated, mirrored,
+    shifted, or scaled by one positive factor, or are embedded in a wider space. A factor for each
+    channel or each class changes it.
 
     Parameters: ``student`` and ``teacher`` are (centres (C, D), mask (C,)) as from
     :func:`class_centres`. Returns a 0-d tensor. It is 0 with a gradient of 0 where fewer than two
     classes are common (and at two: their S is a constant). A centre at the mean itself has no
     direction: its cosines count as 0 and pass on no gradient.
-    Raises ValueError for an unknown ``similarity`` or different numbers of classes.
+    Raises ValueError for different numbers of classes.
     """
-    if similarity not in ("cosine", "rbf"):
-        raise ValueError(f"unknown similarity {similarity!r}; similarities: cosine, rbf")
     _same_rows(student[0], teacher[0])
     common = student[1] & teacher[1]
     pairs = (common & common[:, None]).fill_diagonal_(False)
-    ours, theirs = (_similarities(centres, common, similarity) for centres, _ in (student, teacher))
+    ours, theirs = (_cosines(centres, common.to(centres)) for centres, _ in (student, teacher))
     # A mask in place of a selection, whose size a GPU would have to be waited for.
     return torch.where(pairs, ours - theirs, 0).square().sum() / pairs.sum().clamp(min=1)
 
 
-def _similarities(centres, common, similarity):
-    known = common.to(centres)
+def _cosines(centres, known):
+    """Cosines (C, C) of centres (C, D) seen from the mean of those with a 1 in ``known`` (C,)."""
     mean = known / known.sum().clamp(min=1) @ centres
     moved = centres - mean
     products = moved @ moved.T  # all that follows is (C, C), which is less than (C, D)
     squares = products.diagonal()
     # What rounding leaves of a centre at the mean is noise, and dividing by it would blow it up.
     noise = (100 * torch.finfo(centres.dtype).eps) ** 2 * (squares.max() + mean @ mean).detach()
-    if similarity == "cosine":
-        inverse = _nonzero(squares, noise).rsqrt()
-        return products * inverse * inverse[:, None]
-    usual = 2 * known @ squares / (known.sum() - 1).clamp(min=1)  # the mean distance of two classes
-    return torch.exp((2 * products - squares - squares[:, None]) / (2 * _nonzero(usual, noise)))
+    inverse = _nonzero(squares, noise).rsqrt()
+    return products * inverse * inverse[:, None]
 
 
 class FeatureKD(torch.nn.Module):

@@ -98,8 +98,7 @@ def similarity_kept(student: np.ndarray, teacher: np.ndarray) -> dict[str, float
     if student.shape != teacher.shape or len(teacher) < 3:
         shapes = f"student {student.shape}, teacher {teacher.shape}"
         raise ValueError(f"needs the same three or more classes on both sides: {shapes}")
-    pairs = np.triu_indices(len(teacher), 1)
-    ours, theirs = student[pairs], teacher[pairs]
+    ours, theirs = (m[np.triu_indices(len(teacher), 1)] for m in (student, teacher))
     return {
         "pearson": float(stats.pearsonr(ours, theirs).statistic),
         "spearman": float(stats.spearmanr(ours, theirs).statistic),
@@ -114,9 +113,10 @@ def specificity(student: np.ndarray, teacher: np.ndarray, strangers) -> dict[str
     correlations, as in :func:`similarity_kept`: ``strangers`` is the mean of those with them;
     ``specificity`` is that with its own teacher less this mean (of a copy of the teacher 1 less it,
     and 0 to expect where student and teacher share only what all networks share); ``partial`` is
-    that with its own teacher given the mean of the strangers' similarities, nan where that mean
-    explains one side wholly. Few strangers show what all share only roughly and leave some of it in
-    ``partial``: compare it with that of a student that had no teacher, not with 0.
+    the same of partial correlations, given the mean of the other strangers: that with its own
+    teacher less that with a stranger, as a mean over strangers. Its own teacher alone would not do,
+    for few strangers show what all share only roughly, and what they leave of it would count. It is
+    nan with one stranger, and where what all share explains one side wholly.
     Raises ValueError without strangers, when shapes differ, or for fewer than three classes.
     """
     if not len(strangers):
@@ -125,12 +125,17 @@ def specificity(student: np.ndarray, teacher: np.ndarray, strangers) -> dict[str
     def correlation(one, other):
         return similarity_kept(one, other)["pearson"]
 
-    others = float(np.mean([correlation(student, stranger) for stranger in strangers]))
-    usual, own = np.mean(strangers, axis=0), correlation(student, teacher)
-    ours, theirs = correlation(student, usual), correlation(teacher, usual)
-    unexplained = (1 - ours**2) * (1 - theirs**2)
-    partial = (own - ours * theirs) / unexplained**0.5 if unexplained > 1e-12 else float("nan")
-    return {"strangers": others, "specificity": own - others, "partial": partial}
+    def beyond(one, other, usual):
+        r, a, b = correlation(one, other), correlation(one, usual), correlation(other, usual)
+        return (r - a * b) / left**0.5 if (left := (1 - a**2) * (1 - b**2)) > 1e-12 else np.nan
+
+    own, others = correlation(student, teacher), [correlation(student, one) for one in strangers]
+    apart = [np.nan] * (len(strangers) == 1)
+    for k in range(len(strangers) * (len(strangers) > 1)):
+        usual = np.delete(np.asarray(strangers), k, 0).mean(0)
+        apart += [beyond(student, teacher, usual) - beyond(student, strangers[k], usual)]
+    mean = float(np.mean(others))
+    return {"strangers": mean, "specificity": own - mean, "partial": float(np.mean(apart))}
 
 
 def linear_cka(student, teacher) -> float:

@@ -234,16 +234,23 @@ class Featured(nn.Module):
 
     Features (B, D) are what ``network.fc``, the last layer, reads; ``width`` is D. One tensor, so
     that both go through whatever takes a network's output. The network itself is taken over.
+    With ``maps`` the output goes on, (B, D + C + H · W): of what is pooled to become the features,
+    (B, D, H, W), the root of the mean square over channels, as attention transfer reads it.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, maps: bool = False):
         super().__init__()
         self.head, network.fc = network.fc, nn.Identity()
-        self.body, self.width = network, self.head.in_features
+        self.body, self.width, self.maps, self.pooled = network, self.head.in_features, maps, None
+        for pool in (m for m in network.modules() if isinstance(m, nn.AdaptiveAvgPool2d) and maps):
+            pool.register_forward_pre_hook(lambda _, read: setattr(self, "pooled", *read))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         features = self.body(images).float()
-        return torch.cat([features, self.head(features).float()], 1)
+        found = [features, self.head(features).float()]
+        if self.maps:  # a root's gradient has no bound at zero
+            found.append((self.pooled.float().square().mean(1) + 1e-12).sqrt().flatten(1))
+        return torch.cat(found, 1)
 
 
 def _plain(convolution: nn.Conv2d) -> bool:

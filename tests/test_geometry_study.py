@@ -14,7 +14,10 @@ from sklearn.metrics import average_precision_score
 
 from kdutils import losses, metrics, models, notebooks, parameters, records
 
-TERMS = ("logit", "feature", "geometric", "rkd", "sp", "cc", "moving", "rbf", "fixed")
+TERMS = (
+    *("logit", "feature", "geometric", "rkd", "sp", "cc", "attention", "pkt", "dkd"),
+    *("standardised", "dist", "moving", "remembered", "fixed", "balanced"),
+)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -41,6 +44,7 @@ def setting(**changed):
     s = {
         "dataset": "digits",
         "transfer": "digits",
+        "pictures": 1000,
         "validation": 200,
         "stride": 2,
         "batch_size": 200,
@@ -50,6 +54,7 @@ def setting(**changed):
         "epochs": 1,
         "temperature": 4.0,
         "stored": True,
+        "balanced": [5, 8],
     }
     return s | changed
 
@@ -106,6 +111,29 @@ def test_featured_gives_what_the_last_layer_reads_and_the_networks_own_logits(ki
     torch.testing.assert_close(logits, plain(images))
     torch.testing.assert_close(plain.fc(features), logits)
     assert (features >= 0).all()  # after a ReLU and an average
+
+
+@pytest.mark.parametrize("kind", ["cifar", "torchvision"])
+def test_featured_maps_are_what_attention_transfer_reads_of_what_is_pooled(kind):
+    if kind == "cifar":
+        network = models.cifar_resnet(8, width=4, classes=5, seed=3)
+    else:
+        network = models.build("resnet10", classes=5, seed=3, size=16, stem="small")
+    featured = models.Featured(network, maps=True).eval()
+    images = torch.randn(3, 3, 16, 16)
+    joined = featured(images)
+    maps, pooled = joined[:, featured.width + 5 :], featured.pooled.float()
+    torch.testing.assert_close(
+        pooled.mean((2, 3)), joined[:, : featured.width], rtol=0.02, atol=1e-3
+    )
+    torch.testing.assert_close(
+        maps, pooled.square().mean(1).sqrt().flatten(1), rtol=1e-4, atol=1e-5
+    )
+    found = losses.attention_transfer(maps[:, None, None], maps[:, None, None].flip(0))
+    expected = losses.attention_transfer(pooled, pooled.flip(0))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-8)
+    maps.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in featured.parameters())
 
 
 # Search
@@ -186,38 +214,37 @@ def test_every_superclass_has_five_classes_in_the_order_of_labels():
 # The procedure
 
 
-@given(seeds, st.integers(2, 12))
-def test_a_packed_matrix_comes_back_to_a_thousandth(procedure_names, seed, size):
-    half = np.random.default_rng(seed).uniform(-1, 1, (size, size))
-    matrix = (half + half.T) / 2
-    np.fill_diagonal(matrix, 1)
-    text = procedure_names["packed"](matrix)
-    assert text.replace("-", "").replace(" ", "").isdigit()
-    expected = matrix[np.triu_indices(size, 1)]
-    np.testing.assert_allclose(procedure_names["upper"](text), expected, atol=0.000501)
-
-
-def test_likeness_tells_the_own_teacher_from_strangers(procedure_names):
-    """Copies of teachers are all their own teacher's; what no teacher made is nobody's."""
+def test_of_a_copy_all_that_can_be_is_its_own_teachers(procedure_names):
+    """A copy keeps all, by every measure; another network keeps what all have in common."""
     draw = np.random.default_rng(0)
-    common = draw.uniform(-0.5, 0.5, (30, 30))
+    labels = np.arange(300) // 30
+    common = draw.normal(size=(10, 6))[labels]
+    given_, *strangers = (common + draw.normal(size=(300, 6)) for _ in range(4))
+    found = procedure_names["whose"](given_, given_, strangers, labels)
+    for name in ("pearson", "cka", "pictures"):
+        assert found[name] == pytest.approx(1)
+    assert found["specificity"] == pytest.approx(1 - found["strangers"])
+    assert found["specificity"] == pytest.approx(found["room"])
+    assert 0.01 < found["room"] < 0.9
+    assert found["cka_specificity"] > 0.05
+    assert found["pictures_specificity"] > 0.05
+    nobodys = procedure_names["whose"](common, given_, strangers, labels)
+    assert abs(nobodys["specificity"]) < 0.1
+    assert nobodys["pearson"] > 0.5
+    assert nobodys["room"] == pytest.approx(found["room"])  # the teacher's, whoever is asked
+    alone = procedure_names["whose"](common, given_, [], labels)
+    assert alone == {name: nobodys[name] for name in alone}
+    assert "specificity" not in alone
 
-    def packed(own):
-        matrix = common + own
-        return procedure_names["packed"](matrix + matrix.T)
 
-    teachers = {seed: packed(draw.uniform(-0.2, 0.2, (30, 30))) for seed in (0, 1, 2)}
-    values = {seed: procedure_names["upper"](text) for seed, text in teachers.items()}
-    found = procedure_names["likeness"](teachers, teachers)
-    np.testing.assert_allclose(found.own, 1)
-    two = [np.corrcoef(values[0], values[other])[0, 1] for other in (1, 2)]
-    assert found.strangers[0] == pytest.approx(np.mean(two))
-    assert (found.strangers < 0.95).all()
-    free = {seed: packed(0) for seed in teachers}  # what all teachers have in common
-    found = procedure_names["likeness"](free, teachers)
-    assert abs((found.own - found.strangers).mean()) < 1e-12  # each teacher counts on both sides
-    assert not len(procedure_names["likeness"]({0: teachers[0]}, {0: teachers[0]}))
-    assert list(procedure_names["likeness"]({}, {})) == ["own", "strangers"]
+def test_cosines_of_pictures_are_compared_without_regard_to_a_rotation(procedure_names):
+    draw = np.random.default_rng(1)
+    features, other = draw.normal(size=(2, 120, 5))
+    turned = 3 * features @ np.linalg.qr(draw.normal(size=(5, 5)))[0]
+    assert procedure_names["cosines_alike"](features, turned) == pytest.approx(1)
+    assert abs(procedure_names["cosines_alike"](features, other)) < 0.5
+    features[0] = 0
+    assert math.isfinite(procedure_names["cosines_alike"](features, turned))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +261,8 @@ def drawn(names, seed, width, rows=12, classes=5):
     draw = torch.Generator().manual_seed(seed)
     features = torch.rand(rows, width, generator=draw, dtype=torch.float64)
     logits = torch.randn(rows, classes, generator=draw, dtype=torch.float64)
-    return names["Outputs"](features.requires_grad_(), logits.requires_grad_())
+    maps = torch.rand(rows, 4, generator=draw, dtype=torch.float64)
+    return names["Outputs"](*(part.requires_grad_() for part in (features, logits, maps)))
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -242,12 +270,13 @@ def test_every_term_teaches_the_student_and_leaves_the_teacher_alone(procedure_n
     own, given_ = drawn(procedure_names, 0, 6), drawn(procedure_names, 1, 4)
     given_ = procedure_names["Outputs"](*(part.detach() for part in given_))
     labels = torch.arange(12) % 5
-    brought = procedure_names["modules"]([term], 6, 4, 5, 0).double()
+    brought = procedure_names["modules"]([term], 6, 4, 5, 12, 0).double()
     aids = {"classes": 5, "temperature": 4.0, **brought}
     aids["fixed"] = losses.class_centres(given_.features.flip(0), labels, 5)
     found = procedure_names["value"](term, own, given_, labels, aids)
     found.backward()
-    part = own.logits if term == "logit" else own.features
+    of_logits = ("logit", "dkd", "standardised", "dist")
+    part = own.logits if term in of_logits else own.maps if term == "attention" else own.features
     assert float(found.detach()) > 0
     assert torch.isfinite(part.grad).all()
     assert part.grad.abs().max() > 0
@@ -255,24 +284,21 @@ def test_every_term_teaches_the_student_and_leaves_the_teacher_alone(procedure_n
 
 
 @pytest.mark.parametrize("classes", [5, 20])  # fewer and more than pictures in the batch
-@pytest.mark.parametrize("variant", ["geometric", "moving", "rbf", "fixed"])
+@pytest.mark.parametrize("variant", ["geometric", "moving", "remembered", "fixed", "balanced"])
 def test_a_variant_is_the_geometric_term_of_its_own_centres(procedure_names, variant, classes):
     own, given_ = (drawn(procedure_names, s, w).features.detach() for s, w in ((0, 6), (1, 4)))
     labels = torch.arange(12) % 4  # class 4 has no picture
-    aids = {"classes": classes, **procedure_names["modules"]([variant], 6, 4, classes, 0).double()}
+    brought = procedure_names["modules"]([variant], 6, 4, classes, 24, 0).double()
+    aids = {"classes": classes, **brought}
     training = drawn(procedure_names, 2, 4).features.detach()
     aids["fixed"] = losses.class_centres(training, torch.arange(12) % 5, classes)
     found = procedure_names["geometric"](variant, own, given_, labels, aids)
     ours, theirs = (losses.class_centres(x, labels, classes) for x in (own, given_))
     plain = losses.geometric(ours, theirs)
-    expected = {
-        "geometric": plain,
-        "moving": plain,  # at first sight an average is the batch's own
-        "rbf": losses.geometric(ours, theirs, "rbf"),
-        "fixed": losses.geometric(ours, aids["fixed"]),
-    }[variant]
+    # At first sight an average and a memory are the batch's own.
+    expected = losses.geometric(ours, aids["fixed"]) if variant == "fixed" else plain
     assert float(found) == pytest.approx(float(expected), rel=1e-12)
-    if variant == "moving":
+    if variant in ("moving", "remembered"):
         again = procedure_names["geometric"](variant, own.flip(0), given_, labels, aids)
         fresh = losses.geometric(losses.class_centres(own.flip(0), labels, classes), theirs)
         assert float(again) != pytest.approx(float(fresh), rel=1e-3)
@@ -281,7 +307,9 @@ def test_a_variant_is_the_geometric_term_of_its_own_centres(procedure_names, var
 def test_a_projector_is_drawn_from_the_seed_alone(procedure_names):
     state = torch.random.get_rng_state()
     first, same, other = (
-        procedure_names["modules"]({"feature": 1.0}, 6, 4, 5, seed)["projector"].projector.weight
+        procedure_names["modules"]({"feature": 1.0}, 6, 4, 5, 12, seed)[
+            "projector"
+        ].projector.weight
         for seed in (1, 1, 2)
     )
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -293,15 +321,26 @@ def test_clusters_that_are_classes_score_one(procedure_names):
     labels = np.repeat(np.arange(4), 6)
     noise = np.random.default_rng(0).normal(0, 0.01, (24, 4))
     found = procedure_names["clustered"](np.eye(4)[labels] + noise, labels)
-    assert found == {"nmi": pytest.approx(1), "ari": pytest.approx(1)}
+    assert found == pytest.approx(1)
 
 
 def test_losses_start_higher_by_the_least_and_end_as_far_apart_as_the_farthest(procedure_names):
     alone, logit, feature = [3.0, 1.0], [3.5, 0.9], [3.25, 1.3]
     assert procedure_names["starts_higher"](alone, logit, feature) == pytest.approx(0.25)
-    assert procedure_names["ends_close"](alone, logit, feature) == pytest.approx(0.1 - 0.3)
-    assert procedure_names["ends_close"](alone, logit, alone) == pytest.approx(0.0)
     assert procedure_names["starts_higher"](alone, [2.0, 1.0], feature) == -1
+    assert procedure_names["ends_close"](alone, logit, feature) == pytest.approx(0.2 - 0.3)
+    assert procedure_names["ends_close"](alone, logit, alone) == pytest.approx(0.2 - 0.1)
+
+
+def test_a_loss_falls_fastest_by_its_own_fall(procedure_names):
+    fast, slow = [4.0, 1.0, 0.5, 0.0], [40.0, 30.0, 10.0, 0.0]  # ¾ and ¼ after a third
+    assert procedure_names["falls_fastest"](fast, slow, slow) == pytest.approx(0.5)
+    assert procedure_names["falls_fastest"](slow, fast, slow) == pytest.approx(-0.5)
+
+
+def test_a_trade_off_is_a_rank_correlation_of_accuracy_and_what_is_kept(procedure_names):
+    assert procedure_names["trade"](0.5, 0.4, 0.3, 0.7, 0.8, 0.9) == pytest.approx(-1)
+    assert procedure_names["trade"](0.5, 0.4, 0.3, 0.9, 0.8, 0.7) == pytest.approx(1)
 
 
 # Runs, tiny
@@ -309,82 +348,93 @@ def test_losses_start_higher_by_the_least_and_end_as_far_apart_as_the_farthest(p
 
 def test_stored_and_asked_answers_teach_almost_the_same(procedure):
     """Stored as 16-bit floats they differ in the last digits alone, so do the losses."""
-    terms, common = {"geometric": 10.0, "logit": 1.0}, {"total_epochs": 1, "seed": 0}
+    terms = {"geometric": 10.0, "logit": 1.0, "attention": 1.0}
+    common = {"terms": terms, "total_epochs": 1, "seed": 0, "strangers": []}
     found = [
-        procedure["student"](terms=terms, **common, **setting(stored=stored)).results
-        for stored in (True, False)
+        procedure["student"](**common, **setting(stored=stored)).results for stored in (True, False)
     ]
     stored, asked = (results["history"][0] for results in found)
     assert stored["loss"] == pytest.approx(asked["loss"], rel=1e-2)
     assert stored["loss"] > stored["cross_entropy"]
     assert found[0]["taught_by"] == found[1]["taught_by"]
-    kept = procedure["views"](total_epochs=1, seed=0, **setting())
+    known = {name: setting()[name] for name in procedure["SEEN"]}
+    kept = procedure["views"](total_epochs=1, seed=0, **known)
     assert kept.results["gigabytes"] < 1
     assert set(kept.content["weights"]) == {"views.safetensors"}
 
 
 def test_a_student_alone_has_its_measures_and_no_answers_are_asked_for(procedure, monkeypatch):
     monkeypatch.setitem(procedure, "answers", None)
-    results = procedure["student"](terms={}, total_epochs=1, seed=0, **setting()).results
+    common = {"total_epochs": 1, "seed": 0, **setting()}
+    results = procedure["student"](terms={}, strangers=[1, 2], **common).results
     last = results["history"][-1]
     assert last["loss"] == pytest.approx(last["cross_entropy"], rel=1e-5)
-    for name in ("pearson", "spearman", "cka", "frobenius", "nmi", "ari", "recall_at_1", "map"):
+    names = ("pearson", "cka", "pictures", "strangers", "specificity", "partial", "cka_specificity")
+    for name in (*names, "nmi", "recall_at_1", "map", "agreement", "kl", "room"):
         assert math.isfinite(results[name]), name
-    assert 0 <= results["transfer_accuracy"] <= 1
-    assert len(procedure["upper"](results["similarity"])) == 10 * 9 / 2
+    assert 0 <= results["linear_probe"] <= 1
+    fewer = procedure["student"](terms={}, strangers=[], **common).results
+    assert fewer["history"][0]["loss"] == last["loss"]
+    assert "specificity" not in fewer
 
 
-def test_all_terms_are_timed_for_all_sizes(procedure):
-    s = {k: v for k, v in setting(batch_size=16).items() if not k.endswith("_network")}
+def test_in_balanced_batches_the_control_has_labels_alone(procedure, monkeypatch):
+    common = {"total_epochs": 1, "seed": 0, "strangers": [], **setting(batch_size=40)}
+    taught, plain = (
+        procedure["student"](terms=terms, **common).results["history"][0]
+        for terms in ({"balanced": 10.0}, {})
+    )
+    monkeypatch.setitem(procedure, "answers", None)
+    control = procedure["student"](terms={"balanced": 0.0}, **common).results["history"][0]
+    assert control["loss"] == pytest.approx(control["cross_entropy"], rel=1e-5)
+    assert control["loss"] != plain["loss"]
+    assert taught["loss"] > taught["cross_entropy"]
+
+
+def test_training_pictures_are_the_first_of_every_class(procedure):
+    images = procedure["parts"](0, setting(pictures=100)).train
+    assert torch.bincount(images.labels).tolist() == [10] * 10
+    every = procedure["parts"](0, setting(pictures=5000)).train
+    assert len(every.labels) == 1000  # of what is not held out
+
+
+def test_a_step_and_all_terms_are_timed(procedure):
+    needed = {k: v for k, v in setting(batch_size=16).items() if k in procedure["NEEDED"]}
     timed = {"teacher_network": "resnet8-4", "student_network": "resnet8-2"}
-    rows = procedure["cost"](batches=[8, 16], class_counts=[10, 20], **timed, **s).results
-    table = pd.DataFrame(rows["history"])
-    assert (table.seconds > 0).all()
-    terms = table[table.term != "step"]
-    cases = {(8, 10), (16, 10), (16, 20)}
-    assert set(zip(terms.batch, terms.classes, strict=True)) == cases
-    assert len(terms) == len(cases) * len(procedure["TIMED"])
-    assert sorted(table[table.term == "step"].batch) == [8, 16]
+    seconds = procedure["cost"](**timed, **needed).results
+    assert seconds.keys() == {"step", *TERMS}
+    assert min(seconds.values()) > 0
 
 
-@pytest.mark.parametrize(
-    ("best", "expected"),
-    [
-        (3.0, [1.0, 3.0, 10.0]),
-        (10.0, [1.0, 3.0, 10.0, 33.3]),
-        (1.0, [0.333, 1.0, 3.0, 10.0]),
-        (None, [1.0, 3.0, 10.0]),
-    ],
-)
-def test_a_list_is_made_longer_where_its_best_is_at_an_edge(procedure, best, expected):
-    assert procedure["longer"]([1.0, 3.0, 10.0], best) == expected
-    assert procedure["longer"]([2.0], best) == [2.0]
+def test_neighbours_of_the_best_are_tried_until_both_have_been(procedure):
+    assert procedure["beside"](pd.Series({0: 0.4})) == {-1, 1}
+    assert procedure["beside"](pd.Series({-1: 0.5, 0: 0.4, 1: 0.3})) == {-2}
+    assert procedure["beside"](pd.Series({-1: 0.3, 0: 0.4, 1: 0.3})) == set()
+    assert procedure["beside"](pd.Series(dtype=float)) == set()
+    assert [procedure["at"](10.0, step) for step in (-1, 0, 2)] == [3.33, 10.0, 90.0]
 
 
-def test_a_coefficient_is_chosen_once_all_were_tried(procedure):
-    rows = [("sp", 1.0, 0.4), ("sp", 3.0, 0.5), ("sp", 10.0, 0.0), ("cc", 1.0, 0.9)]
-    found = pd.DataFrame(rows, columns=["method", "coefficient", "validation_accuracy"])
-    assert procedure["best_of"](found, "sp", [1.0, 3.0, 10.0]) == 3.0
-    assert procedure["best_of"](found, "cc", [1.0, 3.0]) is None
-
-
-def test_the_second_teacher_is_worse_by_what_was_asked_where_one_is(procedure):
-    lengths = pd.Series({3: 0.30, 4: 0.41, 5: 0.39, 6: 0.45})
-    assert procedure["length_of"](lengths, 0.44) == 5
-    assert procedure["length_of"](lengths, 0.2) == 3
+def test_a_coefficient_is_chosen_once_all_choice_seeds_have_run_and_by_their_mean(procedure):
+    rows = [(1.0, 100, 0.4), (1.0, 101, 0.6), (3.0, 100, 0.7), (3.0, 101, None), (9.0, 100, 0.9)]
+    found = pd.DataFrame(rows, columns=["coefficient", "seed", "validation_accuracy"])
+    means = procedure["held_out"](found, [100, 101], "coefficient")
+    assert means.to_dict() == {1.0: pytest.approx(0.5), 3.0: pytest.approx(0.35)}  # it diverged
+    assert not len(procedure["held_out"](found[:0], [100], "coefficient"))
 
 
 WRONG = {
     "teacher_network": ("resnet9-8", "string should match pattern"),
     "student_network": ("vgg", "string should match pattern"),
     "stride": (3, "less than or equal to 2"),
-    "coefficients": ({"logit": [1.0]}, "no list for 'feature'"),
-    "other_lengths": ([2], "must not hold teacher_epochs"),
-    "choice_seed": (0, "must not be one of seeds"),
-    "timed": (["resnet8-4"], "timed must hold pairs"),
+    "coefficients": ({"logit": 1.0}, "has none for 'feature'"),
+    "worse_epochs": ([2, 1], "must rise"),
+    "choice_seeds": ([7, 1], "must not hold 1 of seeds"),
+    "balanced": ([8], "at least 2 items"),
+    "factor": (1.0, "greater than 1"),
+    "timed": (["resnet8-4"], "at least 2 items"),
     "temperature": (0, "greater than 0"),
     "seeds": ([0, 0], "must differ from one another"),
-    "timed_batches": ([64, 32], "must rise"),
+    "learning_rates": ([0.2, 0.1], "must rise"),
     "engine": ("cloud", "it must be serial"),
 }
 
@@ -399,6 +449,6 @@ def test_a_wrong_parameter_is_named_in_one_sentence(procedure, name):
 
 def test_an_unknown_term_has_no_coefficients(procedure):
     given_ = procedure["p"].model_dump()
-    given_["coefficients"] = given_["coefficients"] | {"magic": [1.0]}
+    given_["coefficients"] = given_["coefficients"] | {"magic": 1.0}
     with pytest.raises(parameters.ParameterError, match="coefficients"):
         procedure["Setting"].check(given_)

@@ -61,8 +61,10 @@ def test_smoke_trains_everything_without_a_network(study, tmp_path):
         assert row["scale"] == "smoke"
         assert set(row["parts"]) == set(registered[row["id"]].rules)
         for name, part in row["parts"].items():
-            # a rank correlation in each quarter of the settings needs more of them than smoke has
-            assert part["values"] or (row["id"], name) == ("vid-7", "matters"), row["id"]
+            # A rank correlation in each quarter of the settings and a partial one over three
+            # strangers need more than smoke has.
+            absent = {"vid-7 matters", "geometry-14"}
+            assert part["values"] or f"{row['id']} {name}".strip() in absent, row["id"]
             assert all(map(math.isfinite, part["values"].values()))
 
 
@@ -73,7 +75,7 @@ def test_the_page_stands_without_records_and_without_pytorch(study, tmp_path):
 import linecache, sys
 import jupytext, matplotlib
 matplotlib.use("Agg")
-names = {{"__name__": "page", "display": print}}
+names = {{"__name__": "page", "display": lambda *shown, **how: print(*shown)}}
 for number, cell in enumerate(jupytext.read({str(page)!r}).cells):
     if cell.cell_type == "code":
         name = f"cell {{number}}"
