@@ -270,7 +270,8 @@ def test_sigterm_ends_recognising_and_the_film_can_be_played(model, tmp_path):
     assert b"Traceback" not in said
     count = len(lines) + len(rest.splitlines())
     assert count < 2000, "it was not stopped"
-    assert len(list(recordings.video(str(tmp_path / "seen.mp4")))) in (4 * count, 4 * count - 4)
+    written = len(list(recordings.video(str(tmp_path / "seen.mp4"))))
+    assert 4 * count - 4 <= written <= 4 * count  # it may have been stopped amid the last clip
 
 
 def damaged_model(folder, model, how):
