@@ -30,7 +30,7 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Runs side by side; els
 Given = Annotated[list[str], typer.Option("--parameter", "-p", help="name=value, value in YAML.")]
 EXECUTED, SCALES = Path("_build/notebooks"), ("laptop", "paper")
 # How Python says, in a notebook's kernel too, that something of the extra `train` is not there.
-ABSENT = "No module named '(filelock|lightning_fabric|safetensors|sklearn|torch)"
+ABSENT = "No module named '(filelock|lightning_fabric|optuna|safetensors|sklearn|torch)"
 
 
 class Stopped(Exception):

@@ -190,7 +190,6 @@ def _verdict(claim: Claim, parts: dict) -> dict:
             each[part] = verdicts.judge(rule, values[part])
     whole = verdicts.weakest(each, claim.need)
     rule = claim.rules[whole.part]
-    sources = [s for part in parts.values() for of_seed in part["from"].values() for s in of_seed]
     needed = [  # to decide the claim for sure, each part that is open has to be decided
         verdicts.seeds_needed(claim.rules[part], values[part])
         for part, verdict in each.items()
@@ -208,7 +207,7 @@ def _verdict(claim: Claim, parts: dict) -> dict:
             | {"verdict": v.word, "found": v.n, "effect": claim.rules[part].effect}
             for part, v in each.items()
         },
-        "runs": sorted({key for key, *_ in sources}),
+        "runs": sorted({s[0] for p in parts.values() for of in p["from"].values() for s in of}),
         "verdict": whole.word,
         "found": whole.n,
         **{k: getattr(whole, k) for k in ("part", *SPAN, "p", "effect_excluded")},

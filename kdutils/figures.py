@@ -77,8 +77,7 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
         text = f"{row['id']}  {row['statement']}"
         size = 9 if len(text) < 105 else 8  # two lines at most
         statement = fill(text, 57 * 9 // size)
-        part = f" [{row['part']}]" if row["part"] else ""
-        said = claims.said_with_interval(row) + part
+        said = claims.said_with_interval(row) + f" [{row['part']}]" * bool(row["part"])
         ax.text(-reach, y - 0.45, statement, size=size, va="top", linespacing=1.1)
         ax.text(-reach, y + 0.36, said, size=9, va="center", color="0.35")
         word = row["verdict"] or "no verdict"

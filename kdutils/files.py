@@ -22,8 +22,7 @@ def cache_folder(variable: str, name: str) -> Path:
     try:
         return platformdirs.user_cache_path("kdutils") / name
     except RuntimeError:  # no $HOME, and nobody knows this user
-        why = f"there is no home folder to keep {name} in: name a folder by ${variable}"
-        raise OSError(why) from None
+        raise OSError(f"no home folder to keep {name} in: name a folder by ${variable}") from None
 
 
 def write(path: Path, content: bytes | str) -> None:

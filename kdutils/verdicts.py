@@ -118,14 +118,13 @@ def judge(rule: Rule, values: Sequence[float], confidence: float = 0.95) -> Verd
     start = rule.scaled(rule.bound)
     near, far = sorted((rule.side * (low - start), rule.side * (high - start)))
     effect = None if rule.effect is None else rule.beyond(rule.reach(rule.effect))
-    p = None
     if rule.kind in ("above", "below"):
         word, p = _one_sided(rule, near, far, effect), _p(scaled, start)
     else:
         end = rule.scaled(rule.upper) if rule.kind == "within" else math.inf
         inside = near > 0 if every else near >= 0 and high <= end
         outside = far <= 0 if every else far < 0 or low > end
-        word = REPLICATED if inside else REVERSED if outside else INCONCLUSIVE
+        word, p = REPLICATED if inside else REVERSED if outside else INCONCLUSIVE, None
     back = math.exp if rule.ratio else float
     numbers = [back(value) for value in (found.mean, low, high)]
     lead = rule.side * (found.mean - start)
@@ -174,17 +173,22 @@ def holm(ps: Mapping[str, float], level: float = 0.05) -> dict[str, bool]:
 
 
 def seeds_needed(rule: Rule, values: Sequence[float], confidence: float = 0.95) -> int | None:
-    """How many seeds of this spread make the interval no wider than the margin.
+    """How many seeds of this spread would decide.
 
-    Then it cannot hold both the bound and the margin, so that ``above`` and ``below`` cannot be
-    inconclusive. None for the other kinds, which no number of seeds is sure to decide, and where
-    there is no margin or no spread to go by.
+    ``above`` and ``below``: as many as make the interval no wider than the margin, for then it
+    cannot hold both the bound and the margin. ``at most``, ``at least``, ``within``: as many as
+    take the nearest bound out of it, if the mean stays where it is. None for ``every``, which more
+    seeds cannot decide, and where there is no spread, no margin or no distance to go by.
     """
-    if len(values) < 2 or not rule.margin or rule.kind not in ("above", "below"):
+    if len(values) < 2 or rule.kind.startswith("every"):
         return None
-    width = abs(rule.beyond(rule.reach(rule.margin)))
-    spread = stdev(rule.scaled(v) for v in values)
-    n = max(2, int((2 * NormalDist().inv_cdf((1 + confidence) / 2) * spread / width) ** 2))
-    while 2 * scipy.stats.t.ppf((1 + confidence) / 2, n - 1) * spread / math.sqrt(n) > width:
+    scaled = [rule.scaled(v) for v in values]
+    half = abs(rule.beyond(rule.reach(rule.margin or 0))) / 2
+    if rule.kind not in ("above", "below"):
+        half = min(abs(mean(scaled) - rule.scaled(x)) for x in {rule.bound, rule.upper} - {None})
+    if not half:
+        return None
+    n = max(2, int((NormalDist().inv_cdf((1 + confidence) / 2) * stdev(scaled) / half) ** 2))
+    while scipy.stats.t.ppf((1 + confidence) / 2, n - 1) * stdev(scaled) / math.sqrt(n) > half:
         n += 1
     return n

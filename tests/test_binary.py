@@ -535,6 +535,14 @@ def test_a_teacher_that_does_not_lead_by_a_point_is_trained_for_longer(
     assert names["complete"]
 
 
+def test_where_no_teacher_leads_nothing_is_taught(monkeypatch):
+    told = Told(lambda r: (0.94, 0.945), lambda r: (0.99, 0.9549))
+    said = r"the teacher reaches 0\.955 on test pictures, hand-made labels 0\.945: give more"
+    with pytest.raises(runs.RunFailed, match=said):
+        chosen(monkeypatch, told, teacher_epochs=[2, 4])
+    assert {a["labels"] for name, a in told.asked if name == "student"} == {"hand"}
+
+
 def test_runs_come_in_the_order_in_which_claims_need_them(monkeypatch):
     told = Told(lambda r: (0.95, 0.95), lambda r: (0.97, 0.97))
     given = {"seeds": [0, 1, 2], "chains": 2, "generations": 3, "pretrained": "cifar100"}
@@ -571,6 +579,7 @@ def test_a_wrong_setting_stops_with_one_sentence(study):
     wrong = [
         ({"classes": ["cat", "cat"]}, "classes must be two different ones"),
         ({"generations": 1}, "parameter generations is 1"),
+        ({"sharpened": 1}, "parameter sharpened is 1"),
         ({"choice_seed": 3}, "choice_seed must not be in seeds"),
         ({"pretrained": "imagenet", "teacher_network": "resnet10"}, "needs a resnet18, 34 or 50"),
         ({"pretrained": "cifar10"}, "parameter pretrained is 'cifar10'"),

@@ -302,9 +302,29 @@ def test_seeds_needed_against_counting_up(x, margin, ratio):
     assert verdicts.seeds_needed(rule, x) == expected
 
 
-def test_seeds_needed_only_where_seeds_are_sure_to_decide():
+@given(values, st.sampled_from(["at most", "at least", "within"]), st.booleans())
+def test_seeds_needed_take_the_nearest_bound_out_if_the_mean_stays(x, kind, ratio):
+    if ratio:
+        x = [math.exp(value / 10) for value in x]
+    rule = Rule(kind, 0.9, upper=1.4 if kind == "within" else None, ratio=ratio)
+    scaled = np.log(x) if ratio else np.array(x)
+    ends = np.array([0.9, 1.4][: 2 if kind == "within" else 1])
+    distance = np.abs(scaled.mean() - (np.log(ends) if ratio else ends)).min()
+    spread = scaled.std(ddof=1)
+    assume(distance > 1e-6 and spread < 3 * distance and (spread == 0 or spread > 1e-9))
+    expected = next(
+        n
+        for n in range(2, 10_000)
+        if stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n) <= distance * (1 + 1e-12)
+    )
+    assert verdicts.seeds_needed(rule, x) == expected
+
+
+def test_seeds_needed_only_where_seeds_can_decide():
     assert verdicts.seeds_needed(Rule("above", 0), NEAR_1) is None  # no margin
     assert verdicts.seeds_needed(Rule("above", 0, margin=1.0), [1.0]) is None
-    for kind in ("at most", "at least", "within", "every above"):
-        assert verdicts.seeds_needed(Rule(kind, 0, margin=1.0, upper=1.0), NEAR_1) is None
+    for kind in ("every above", "every below"):
+        assert verdicts.seeds_needed(Rule(kind, 0, margin=1.0), NEAR_1) is None
+    assert verdicts.seeds_needed(Rule("at most", 1), [0.5, 1.5]) is None  # at the bound
+    assert verdicts.seeds_needed(Rule("at most", 1), [0.5, 1.0]) == 11
     assert verdicts.seeds_needed(Rule("above", 0, margin=0.001), NEAR_1) > 100_000

@@ -165,12 +165,17 @@ const verdicts = (() => {
     return passed;
   }
 
-  /** How many seeds of this spread make the interval no wider than the margin. */
+  /** How many seeds of this spread would decide: `verdicts.seeds_needed` of kdutils. */
   function seedsNeeded(rule, values, confidence) {
-    if (values.length < 2 || !rule.margin || !["above", "below"].includes(rule.kind)) return null;
-    const width = Math.abs(reached(rule, rule.margin));
-    const spread = stdev(values.map((value) => scaled(rule, value)));
-    const wide = (n) => tails((width * Math.sqrt(n)) / (2 * spread), n - 1) > 1 - confidence;
+    if (values.length < 2 || rule.kind.startsWith("every")) return null;
+    const all = values.map((value) => scaled(rule, value)), spread = stdev(all);
+    let half = Math.abs(reached(rule, rule.margin || 0)) / 2;
+    if (!["above", "below"].includes(rule.kind)) {
+      const ends = [rule.bound, rule.kind === "within" ? rule.upper : rule.bound];
+      half = Math.min(...ends.map((end) => Math.abs(mean(all) - scaled(rule, end))));
+    }
+    if (!half) return null;
+    const wide = (n) => tails((half * Math.sqrt(n)) / spread, n - 1) > 1 - confidence;
     let low = 1, high = 2;
     while (wide(high)) [low, high] = [high, 2 * high];
     while (high - low > 1) {
