@@ -69,7 +69,7 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
     """
     from kdutils import claims
 
-    ax = plt.subplots(figsize=(4.8, 0.8 * len(rows) + 0.6))[1]
+    ax = plt.subplots(figsize=(4.8, 0.88 * len(rows) + 0.6))[1]
     for y, row in enumerate(rows):
         colour, marker = SIGNS[row["verdict"]]
         if y % 2:
@@ -79,7 +79,7 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
         statement = fill(text, 57 * 9 // size)
         said = claims.said_with_interval(row) + f" [{row['part']}]" * bool(row["part"])
         ax.text(-reach, y - 0.45, statement, size=size, va="top", linespacing=1.1)
-        ax.text(-reach, y + 0.36, said, size=9, va="center", color="0.35")
+        ax.text(-reach, y + 0.36, said, size=9 if len(said) < 45 else 8, va="center", color="0.35")
         word = row["verdict"] or "no verdict"
         ax.text(reach, y + 0.36, word, size=9, ha="right", va="center", weight="bold")
         ax.vlines([0, 1], y - 0.1, y + 0.22, ["black", "grey"], ["-", "--"], linewidth=0.9)

@@ -645,3 +645,13 @@ def test_claims_as_json_have_all_that_a_verdict_is_made_of():
         assert (row["holm"] is None) == (
             not row["kind"].endswith(("above", "below")) or "every" in row["kind"]
         )
+
+
+def test_every_student_was_taught_by_a_published_teacher():
+    """A teacher that was trained again elsewhere has other weights: its students do not compare."""
+    named = ("taught_by", "teacher", "teacher_weights")
+    for study in notebooks.studies():
+        every = list(records.published(study))
+        weights = {digest for record in every for digest in record["weights"].values()}
+        told = [(record["key"], record["results"].get(name)) for record in every for name in named]
+        assert [key for key, digest in told if digest and digest not in weights] == [], study

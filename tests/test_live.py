@@ -81,9 +81,16 @@ def by_epoch(study: str, part: dict, epoch: str) -> dict:
     if epoch == "last" or not paths or not plain or part["how"] != "difference":
         return part["values"]
 
-    def accuracy(key):
+    def history(key):
         (path,) = (PROJECT / "data" / "records" / study).glob(f"*-{key}.json")
-        rows = json.loads(path.read_text(encoding="utf-8"))["results"]["history"]
+        return json.loads(path.read_text(encoding="utf-8"))["results"]["history"]
+
+    keys = {key for sources in part["from"].values() for key, *_ in sources}
+    if any("test_accuracy" not in row for key in keys for row in history(key)):
+        return part["values"]  # measured at the end alone
+
+    def accuracy(key):
+        rows = history(key)
         by = "test_accuracy" if epoch == "best" else "validation_accuracy"
         return max(rows, key=lambda row: row[by])["test_accuracy"]  # the first of equals
 
