@@ -247,9 +247,8 @@ def line(row: dict) -> str:
     if row["verdict"] is None:
         return f"{row['id']:12} {'no verdict':19} {row['found']} of {row['seeds']} seeds"
     span = verdicts.Interval(row["mean"], row["low"], row["high"], row["found"])
-    part = f", {row['part']}" if row["part"] else ""
     holm = "" if row["holm"] is None else f", Holm: {'yes' if row['holm'] else 'no'}"
-    return f"{row['id']:12} {row['verdict']:19} {span}{part}{holm}"
+    return f"{row['id']:12} {row['verdict']:19} {span}{', ' * bool(row['part'])}{row['part']}{holm}"
 
 
 def show(rows: list[dict], keep: list[dict]) -> None:

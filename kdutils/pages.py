@@ -109,8 +109,7 @@ def say(rows: list[dict], named: dict[str, str]):
     """Judged claims as a list, a sentence a claim: what was asked, the word, the numbers."""
     from IPython.display import Markdown
 
-    by_id = {row["id"]: row for row in rows}
-    lines = []
+    by_id, lines = {row["id"]: row for row in rows}, []
     for name, question in named.items():
         row = by_id[name]
         weakest = f"; decided by *{row['part']}*" if row["part"] and row["verdict"] else ""

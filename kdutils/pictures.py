@@ -31,21 +31,25 @@ class Pair:
 
 
 @lru_cache(maxsize=1)
-def pair(name: str, classes: tuple[str, str], size: int | None = None) -> Pair:
+def pair(name: str, classes: tuple[str, str]) -> Pair:
     """The pictures of two classes of a dataset, all its splits together, in its own order.
 
-    With a ``size``, of as many pixels in each direction (:func:`nearest`).
     Raises :class:`DataError` as :func:`data.load` does, and when there is no such class.
     """
     images, labels, known = _heap(name)
     for wanted in classes:
         if wanted not in known:
             raise DataError(f"{name} has no class {wanted!r}; classes: {', '.join(known)}")
-    chosen = np.isin(labels, [known.index(wanted) for wanted in classes])
+    of = labels == known.index(classes[1])
+    chosen = of | (labels == known.index(classes[0]))
     if not chosen.all():
-        images, labels = images[chosen], labels[chosen]
-    images = nearest(images, size) if size else images
-    return Pair(images, (labels == known.index(classes[1])).astype(np.uint8), tuple(classes))
+        images, of = images[chosen], of[chosen]
+    return Pair(images, of.astype(np.uint8), tuple(classes))
+
+
+def pair_at(size: int, name: str, classes: tuple[str, str]) -> Pair:
+    """:func:`pair` with pictures of as many pixels in each direction (:func:`nearest`)."""
+    return Pair(nearest((both := pair(name, classes)).images, size), both.labels, both.names)
 
 
 def nearest(images: np.ndarray, size: int) -> np.ndarray:

@@ -240,10 +240,10 @@ def test_a_smaller_size_has_the_pixels_that_an_import_at_that_size_has(before, a
 
 def test_pictures_come_at_the_size_asked_for():
     whole = pictures.pair("digits", ("3", "8")).images
-    small = pictures.pair("digits", ("3", "8"), 8)
+    small = pictures.pair_at(8, "digits", ("3", "8"))
     assert whole.shape[1:] == (16, 16, 3)
     np.testing.assert_array_equal(small.images, whole[:, 1::2, 1::2])
-    np.testing.assert_array_equal(pictures.pair("digits", ("3", "8"), 16).images, whole)
+    np.testing.assert_array_equal(pictures.pair_at(16, "digits", ("3", "8")).images, whole)
 
 
 # The split
