@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kdutils import claims, notebooks, records, results, verdicts
+from kdutils import claims, notebooks, records, results, runs, verdicts
 from kdutils.claims import ClaimError
 from kdutils.results import Found
 
@@ -655,3 +655,12 @@ def test_every_student_was_taught_by_a_published_teacher():
         weights = {digest for record in every for digest in record["weights"].values()}
         told = [(record["key"], record["results"].get(name)) for record in every for name in named]
         assert [key for key, digest in told if digest and digest not in weights] == [], study
+
+
+@pytest.mark.parametrize("study", ["vid", "geometry"])
+def test_published_runs_are_of_the_source_that_stands_here(study):
+    """Second editions have one source a kind of run: what they call cannot change unnoticed."""
+    names = notebooks.procedure(study, {"scale": "smoke", "train_missing": False})
+    here = {f.name: f.source for f in names.values() if isinstance(f, runs.RunFunction)}
+    published = {(one["run"], one["made"]["source"]) for one in records.published(study)}
+    assert published <= set(here.items())
