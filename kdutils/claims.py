@@ -273,7 +273,7 @@ def table(rows: list[dict]) -> str:
         needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
         return {
             "claim": f"{row['id']}<br>{badge}",
-            "the paper says": escape(row["statement"]),
+            "the paper says": f"{escape(row['statement'])}<br>({rule(row)})",
             "its effect": effect + excluded,
             "ours (95 %)": (said_with_interval(row) if row["mean"] is not None else "–") + part,
             "seeds": f"{row['found']} of {row['seeds']}{needed}",
@@ -283,6 +283,13 @@ def table(rows: list[dict]) -> str:
     frame = pd.DataFrame(map(line, rows)).set_index("claim").rename_axis(None)
     html = frame.to_html(border=0, classes="claims", justify="left", escape=False)
     return f'<div class="claims">{html}</div>'
+
+
+def rule(row: dict) -> str:
+    """What a judged row has to be, in the unit of its value: ``above 0, margin 1``."""
+    factor, _, _ = UNITS[row["unit"]]
+    bounds = " to ".join(f"{factor * row[k]:g}" for k in ("bound", "upper") if row[k] is not None)
+    return f"{row['kind']} {bounds}, margin {factor * row['margin']:g}"
 
 
 def of_notebooks() -> list[dict]:
