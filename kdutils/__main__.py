@@ -102,6 +102,7 @@ def data_list():
     for name, source in data.sources().items():
         here = name == "digits" or (data.folder() / f"{name}.npz").exists()
         print(f"{name:10} {'here' if here else 'absent':7} {source['title']}")
+    print(f"their folder ($KDUTILS_DATA, else the user's cache): {data.folder()}")
 
 
 Size = Annotated[int, typer.Option(min=8, help="Height and width in pixels, where it is free.")]
@@ -132,12 +133,6 @@ def data_import(
 
 def _say(path: Path, skipped: list[str]) -> None:
     print(*map("skipped {}".format, skipped), f"{len(skipped)} pictures skipped", path, sep="\n")
-
-
-@data_app.command("where")
-def data_where():
-    """The folder that holds the datasets ($KDUTILS_DATA, else the user's cache)."""
-    print(data.folder())
 
 
 @app.command()

@@ -247,9 +247,8 @@ def line(row: dict) -> str:
     if row["verdict"] is None:
         return f"{row['id']:12} {'no verdict':19} {row['found']} of {row['seeds']} seeds"
     span = verdicts.Interval(row["mean"], row["low"], row["high"], row["found"])
-    part = f", {row['part']}" if row["part"] else ""
     holm = "" if row["holm"] is None else f", Holm: {'yes' if row['holm'] else 'no'}"
-    return f"{row['id']:12} {row['verdict']:19} {span}{part}{holm}"
+    return f"{row['id']:12} {row['verdict']:19} {span}{', ' * bool(row['part'])}{row['part']}{holm}"
 
 
 def show(rows: list[dict], keep: list[dict]) -> None:
@@ -271,14 +270,11 @@ def table(rows: list[dict]) -> str:
         effect = "–" if row["paper"] is None else said(row["paper"], row["unit"])
         excluded = "<br>(excluded)" if row["effect_excluded"] else ""
         needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
-        return {
-            "claim": f"{row['id']}<br>{badge}",
-            "the paper says": escape(row["statement"]),
-            "its effect": effect + excluded,
-            "ours (95 %)": (said_with_interval(row) if row["mean"] is not None else "–") + part,
-            "seeds": f"{row['found']} of {row['seeds']}{needed}",
-            "Holm": {True: "yes", False: "no", None: "–"}[row["holm"]],
-        }
+        ours = said_with_interval(row) if row["mean"] is not None else "–"
+        told = {"claim": f"{row['id']}<br>{badge}", "the paper says": escape(row["statement"])}
+        told |= {"its effect": effect + excluded, "ours (95 %)": ours + part}
+        holm = {True: "yes", False: "no", None: "–"}[row["holm"]]
+        return told | {"seeds": f"{row['found']} of {row['seeds']}{needed}", "Holm": holm}
 
     frame = pd.DataFrame(map(line, rows)).set_index("claim").rename_axis(None)
     html = frame.to_html(border=0, classes="claims", justify="left", escape=False)

@@ -43,12 +43,10 @@ class Found:
         By the mean a changed value is noticed, even one that only a notebook's function makes.
         """
         seeds = sorted(self.values.index)
-        return {
-            "how": self.how,
-            "mean": mean(map(float, self.values)) if seeds else None,
-            "values": {str(seed): float(self.values[seed]) for seed in seeds},
-            "from": {str(seed): [list(source) for source in self.sources[seed]] for seed in seeds},
-        }
+        values = {str(seed): float(self.values[seed]) for seed in seeds}
+        found = {"how": self.how, "mean": mean(values.values()) if seeds else None}
+        sources = {str(seed): [list(source) for source in self.sources[seed]] for seed in seeds}
+        return found | {"values": values, "from": sources}
 
 
 NOTHING = Found(pd.Series(dtype=float), {})

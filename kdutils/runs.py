@@ -267,16 +267,11 @@ class RunFunction:
         history = results.get("history", [])
         content["results"] = results
         content["weights"] = {path.name: files.sha256(path) for path in kept}
-        content["made"] = {
-            "begun": begun.isoformat(timespec="seconds"),
-            "seconds": round(sum(r["seconds"] for r in history) if history else wall, 1),
-            "peak_memory_mb": records.peak_memory_mb(),
-            "workers": self.study.sharing,
-            **made_with,
-            "commit": self.study.commit,
-            "register": self.study.register,
-            "data": records.data_named_in(bound),
-        }
+        seconds = round(sum(r["seconds"] for r in history) if history else wall, 1)
+        made = {"begun": begun.isoformat(timespec="seconds"), "seconds": seconds}
+        made |= {"peak_memory_mb": records.peak_memory_mb(), "workers": self.study.sharing}
+        made |= made_with | {"commit": self.study.commit, "register": self.study.register}
+        content["made"] = made | {"data": records.data_named_in(bound)}
         files.write(folder / "record.json", json.dumps(content, indent=1, allow_nan=False))
         (folder / "state.safetensors").unlink(missing_ok=True)  # not before the record is safe
         return content
