@@ -70,7 +70,7 @@ def run(
     given = dict(map(_parameter, parameter)) | ({"engine": engine} if engine else {})
     for name in [study] if study else notebooks.studies():
         path = notebooks.find(name)
-        values = notebooks.scale_parameters(name, scale) | given
+        values = _values(name, scale, given)
         print(notebooks.run(name, values, output / f"{path.stem}.{scale}.ipynb"))
 
 
@@ -85,8 +85,18 @@ def train(
 ):
     """Train what has no record, without Jupyter; interrupted, the same command goes on."""
     notebooks.find(study)
-    given = notebooks.scale_parameters(study, scale) | dict(map(_parameter, parameter))
+    given = _values(study, scale, dict(map(_parameter, parameter)))
     print(notebooks.train(study, given, workers, only).summary())
+
+
+def _values(study: str, scale: str, given: dict) -> dict:
+    """A scale's parameters and those given; more seeds than registered would be refused later."""
+    values = notebooks.scale_parameters(study, scale) | given
+    known = [one.seeds for one in claims_room.registered().values() if one.study == study]
+    if known and isinstance(values.get("seeds"), list) and len(values["seeds"]) > max(known):
+        why = f"seeds has {len(values['seeds'])}; data/claims.csv registers {max(known)}."
+        raise parameters.ParameterError(why)
+    return values
 
 
 def _parameter(text: str) -> tuple[str, object]:

@@ -1,6 +1,5 @@
 """The recurring plots. They know DataFrames, one row a run (and epoch), and nothing else."""
 
-from collections import Counter
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -104,21 +103,18 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
 
 def tally(rows: list[dict]) -> plt.Axes:
     """One bar a study (:func:`claims.judged`): how many of its claims have which word."""
-    studies = list(dict.fromkeys(row["study"] for row in rows))
-    ax = plt.subplots(figsize=(4.4, 0.46 * len(studies) + 1.2))[1]
-    start = Counter()
-    for word, (colour, _) in SIGNS.items():
-        if counts := Counter(row["study"] for row in rows if row["verdict"] == word):
-            at = [studies.index(study) for study in counts]
-            look = {"left": [start[study] for study in counts], "color": colour, "height": 0.72}
-            bars = ax.barh(at, list(counts.values()), edgecolor="white", **look)
-            told = [str(n) * (n > len(rows) / 100) for n in counts.values()]
-            tint = "white" if word == "replicated" else "black"
-            ax.bar_label(bars, told, label_type="center", size=11, color=tint)
-            ax.plot([], [], "s", color=colour, markersize=10, label=word or "no verdict")
-            start += counts
-    ax.set(yticks=range(len(studies)), yticklabels=studies, xticks=[])
-    ax.set(ylim=(len(studies) - 0.5, -0.5), xlim=(0, max(start.values(), default=1)))
+    colours = {word or "no verdict": colour for word, (colour, _) in SIGNS.items()}
+    told = pd.DataFrame([(row["study"], row["verdict"] or "no verdict") for row in rows])
+    counts = pd.crosstab(told[0], told[1]).reindex(told[0].unique())
+    counts = counts[[word for word in colours if word in counts]]
+    ax = plt.subplots(figsize=(4.4, 0.46 * len(counts) + 1.2))[1]
+    counts.plot.barh(stacked=True, width=0.72, edgecolor="white", color=colours, ax=ax)
+    for bars, word in zip(ax.containers, counts, strict=True):
+        shown = [str(n) * (n > len(rows) / 100) for n in counts[word]]
+        tint = "white" if word == "replicated" else "black"
+        ax.bar_label(bars, shown, label_type="center", size=11, color=tint)
+    ax.set(xticks=[], ylabel="", xlim=(0, counts.sum(axis=1).max()))
+    ax.set_ylim(len(counts) - 0.5, -0.5)
     ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=11)
     ax.grid(False)
     sns.despine(ax=ax, left=True, bottom=True)

@@ -203,29 +203,11 @@ def sync(study: str = "") -> list[Path]:
                         count = client.code_cells_executed + 1
                         client.execute_cell(cell, number, execution_count=count)
                     client.set_widgets_metadata()
-                why = _figures_missing(notebook)
             except CellExecutionError as error:
-                why = f"{error.ename}: {error.evalue}"
-        if why:
-            raise NotebookFailed(f"{path.with_suffix('.md').name}: {why}")
+                why = f"{path.stem}.md: {error.ename}: {error.evalue}"
+                raise NotebookFailed(why) from None
         files.write(path, nbformat.writes(notebook) + "\n")
     return paths
-
-
-def _figures_missing(notebook) -> str:
-    """A sentence naming the cells that promise a figure and show none; empty if there are none.
-
-    Where a page says that runs have no record yet, nothing can be promised.
-    """
-    if any("runs have no record yet" in str(cell.get("outputs")) for cell in notebook.cells):
-        return ""
-    names = [
-        str(cell.metadata.mystnb.figure.get("name"))
-        for cell in notebook.cells
-        if "figure" in cell.metadata.get("mystnb", {})
-        and not any(kind.startswith("image/") for o in cell.outputs for kind in o.get("data", {}))
-    ]
-    return f"no picture came out of the cell of {', '.join(names)}" if names else ""
 
 
 def procedure(study: str, given: dict, also: tuple = (), begin: Callable | None = None) -> dict:

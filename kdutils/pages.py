@@ -97,8 +97,8 @@ def provenance(study: Study):
         f"**Runs** {len(made)}, {sum(one['seconds'] for one in made) / 3600:.1f} hours: {listed}.",
         f"**Made on** {'; '.join(f'{name} ({count})' for name, count in where.items())}.",
         f"**Commits** {', '.join(f'{name} ({count})' for name, count in commits.items())}.",
-        f"**Claims** {before} of {len(made)} runs began when this study's rows of "
-        f"`data/claims.csv` were those of today (`{register[:12]}`).",
+        f"**Claims** {before} of {len(made)} runs began under today's rows of `data/claims.csv` "
+        f"(`{register[:12]}`); what changed since the others: `git log -p data/claims.csv`.",
         f"**Again** `python -m kdutils train {study.name} --scale {study.scale}`, then "
         f"`python -m kdutils sync {study.name}`.",
     ]
@@ -126,18 +126,19 @@ def stored_lead(study: str) -> str:
 
 def caveats(rows: list[dict]) -> str:
     """At which scale claims were judged, and how many replicated ones survive a correction."""
-    judged_last = sorted(rows, key=lambda row: row["scale"] is not None)
-    scale_of = {row["study"]: row["scale"] or "no" for row in judged_last}
     of, done = Counter(r["study"] for r in rows), Counter(r["study"] for r in rows if r["verdict"])
+    scale_of = {row["study"]: row["scale"] for row in rows if row["scale"]}
     numbers = {name: path.stem.partition("-")[0] for name, path in notebooks.studies().items()}
-    named = {
-        study: numbers.get(study, study) + f" ({done[study]} of {n} claims)" * (0 < done[study] < n)
-        for study, n in of.items()
-    }
-    where = {"paper": "at the paper's scale", "laptop": "on smaller stand-ins", "no": "not yet"}
-    of_scale = {k: sorted(n for study, n in named.items() if scale_of[study] == k) for k in where}
-    scales = "; ".join(f"{where[k]}: study {', '.join(n)}" for k, n in of_scale.items() if n)
+    where = {"paper": "at the paper's scale", "laptop": "on smaller stand-ins", None: "not yet"}
+    scales = []
+    for scale, text in where.items():
+        named = sorted(
+            numbers.get(study, study) + f" ({done[study]} of {n} claims)" * (0 < done[study] < n)
+            for study, n in of.items()
+            if scale_of.get(study) == scale
+        )
+        scales += [f"{text}: study {', '.join(named)}"] * bool(named)
     held = [r["holm"] for r in rows if (r["verdict"] or "").startswith(verdicts.REPLICATED)]
     tested = [holm for holm in held if holm is not None]
     what = f"{sum(tested)} of the {len(tested)} replicated with a p-value"
-    return f"Judged {scales}. {what} survive a correction for many claims."
+    return f"Judged {'; '.join(scales)}. {what} survive a correction for many claims."

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
+import pydantic
 from annotated_types import Ge, Gt, Interval, Len, MinLen
 from annotated_types import Le as Le  # for notebooks
 from pydantic import AfterValidator, AllowInfNan, BaseModel, ConfigDict, ValidationError
@@ -99,6 +100,14 @@ class OfStudy(Parameters):
     train_missing: bool
     engine: Engine
     threads: Count
+
+    @pydantic.model_validator(mode="after")
+    def sized(self):
+        """In a notebook the scale is a label: smoke without its sizes would train for days."""
+        if self.scale == "smoke" and not self.train_missing:
+            why = "scale smoke has its sizes in notebooks/params: python -m kdutils run STUDY."
+            raise ValueError(why)
+        return self
 
 
 def from_yaml(text: str, where: str):

@@ -657,10 +657,13 @@ def test_every_student_was_taught_by_a_published_teacher():
         assert [key for key, digest in told if digest and digest not in weights] == [], study
 
 
+NEUTRAL = set()  # (run, source) of records whose numbers `verify` has found again by later source
+
+
 @pytest.mark.parametrize("study", ["vid", "geometry"])
 def test_published_runs_are_of_the_source_that_stands_here(study):
     """Second editions have one source a kind of run: what they call cannot change unnoticed."""
-    names = notebooks.procedure(study, {"scale": "smoke", "train_missing": False})
+    names = notebooks.procedure(study, {"scale": "paper", "train_missing": False})
     here = {f.name: f.source for f in names.values() if isinstance(f, runs.RunFunction)}
     published = {(one["run"], one["made"]["source"]) for one in records.published(study)}
-    assert published <= set(here.items())
+    assert published - NEUTRAL <= set(here.items())

@@ -97,7 +97,7 @@ assert "torch" not in sys.modules
 @pytest.mark.parametrize("study", notebooks.studies())
 def test_every_run_knows_all_its_code_when_it_is_defined(study):
     """A helper that the notebook defines only after a run is missing from the run's source hash."""
-    names = notebooks.procedure(study, {"scale": "smoke", "train_missing": False})
+    names = notebooks.procedure(study, {"scale": "paper", "train_missing": False})
     found = [value for value in names.values() if isinstance(value, runs.RunFunction)]
     assert found
     late = [run.name for run in found if run.source != records.source_hash(run.function)]
@@ -114,6 +114,7 @@ BAD = {
     "snapshots=[1, 2, 2, 3]": r"parameter snapshots is \[1, 2, 2, 3\]: its values must rise",
     "teachers=[resnet18]": r"parameter teachers is \['resnet18'\]: list should have at least 2",
     "teachers=[resnet18, resnet18]": r"parameter teachers is .*: its values must differ",
+    "train_missing=false": "scale smoke has its sizes in notebooks/params",
     "engine=spark": r"parameter engine is 'spark': it must be serial, processes, dask or",
 }
 
@@ -187,6 +188,7 @@ def test_a_wrong_parameter_stops_before_training_with_one_sentence(wrong, tmp_pa
     [
         (["run", "esdk"], "unknown study 'esdk'; studies: "),
         (["run", "eskd", "--scale", "huge"], "unknown scale 'huge'; scales: smoke, laptop, paper."),
+        (["run", "vid", "-p", "seeds=[0,1,2,3,4,5,6,7,8,9,10]"], "seeds has 11; data/claims.csv"),
         (["run", "eskd", "-p", "epochs"], "-p takes name=value, not 'epochs'."),
         (["data", "get", "mnist"], "cannot download 'mnist'; downloadable: cifar10, cifar100"),
         (["publish", "esdk"], "unknown study 'esdk'; studies: "),

@@ -67,7 +67,7 @@ def test_provenance_counts_runs_commits_and_the_register(tmp_path, monkeypatch):
     study.map(trained, [{"seed": 0}])
     text = pages.provenance(study).data
     assert re.search(r"\*\*Runs\*\* 1, 0\.0 hours", text)
-    assert "1 of 1 runs began when" in text
+    assert "1 of 1 runs began under today" in text
     assert f"train {study.name} --scale {study.scale}" in text
 
 
@@ -101,3 +101,18 @@ def test_nothing_that_a_page_shows_is_a_warning(path):
     cells = nbformat.read(path, as_version=4).cells
     every = [output for cell in cells for output in cell.get("outputs", [])]
     assert [o.text for o in every if o.output_type == "stream" and o.name == "stderr"] == []
+
+
+@pytest.mark.parametrize(
+    "path", sorted(notebooks.FOLDER.glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_every_figure_that_a_page_promises_is_there(path):
+    """Where a page says that runs have no record yet, nothing can be promised."""
+    cells = nbformat.read(path, as_version=4).cells
+    if not any("runs have no record yet" in str(cell.get("outputs")) for cell in cells):
+        promised = [cell for cell in cells if "figure" in cell.metadata.get("mystnb", {})]
+        put = {
+            cell.id: [kind for o in cell.outputs for kind in o.get("data", {})] for cell in promised
+        }
+        bare = [cell for cell in promised if not any("image/" in kind for kind in put[cell.id])]
+        assert [cell.metadata.mystnb.figure.get("name") for cell in bare] == []

@@ -42,12 +42,13 @@ def test_a_study_that_is_written_so_is_run_and_judged(shown, tmp_path):
     with open(tmp_path / "data" / "claims.csv", "a", encoding="utf-8") as register:
         register.write(shown["csv"])
     places = {f"KDUTILS_{name}": str(tmp_path / name) for name in ("DATA", "RUNS", "RECORDS")}
+    run_env = os.environ | places | {"PYTHONPATH": str(tmp_path)}
     for line in shown["sh"].splitlines():
         command = line.replace(".venv/bin", str(Path(sys.executable).parent)).split()
         run = subprocess.run(
             command,
             cwd=tmp_path,
-            env=os.environ | places | {"PYTHONPATH": str(tmp_path)},
+            env=run_env,
             capture_output=True,
             encoding="utf-8",
         )
@@ -58,3 +59,11 @@ def test_a_study_that_is_written_so_is_run_and_judged(shown, tmp_path):
     assert re.fullmatch(r"toy-1: replicated, \+\d+\.\d points \(.*\)", data["text/plain"])
     (row,) = data[claims.MIME]
     assert list(row["parts"][""]["values"]) == ["0", "1", "2"]
+    # The pages that show all studies stand with it, before it has an answer, records and times.
+    pages = ["index", "cost"]
+    for page in pages:
+        shutil.copy(PROJECT / "notebooks" / f"{page}.md", folder)
+    words = [sys.executable, "-c", f"from kdutils import notebooks as n; [*map(n.sync, {pages})]"]
+    put = subprocess.run(words, cwd=tmp_path, env=run_env, capture_output=True, encoding="utf-8")
+    assert put.returncode == 0, put.stderr
+    assert "(toy) No answer yet." in (folder / "index.ipynb").read_text(encoding="utf-8")

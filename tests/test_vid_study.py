@@ -19,7 +19,7 @@ SETTING = {"dataset": "digits", "pictures": 256, "validation": 400, "batch_size"
 SETTING |= {"epochs": 1, "lr": 0.001, "optimizer": "adam"}
 LAYERED = {"mode": "eval", "share": 0.1, "share_of": "loss", "coded": False, "reduction": "sum"}
 LAYERED |= {"weights": np.eye(4).tolist()}
-SMOKE = {"scale": "smoke", "engine": "serial"}
+SMOKE = {"scale": "smoke", "engine": "serial", "train_missing": True}
 PAGE = notebooks.FOLDER / "2-vid.md"
 
 

@@ -92,7 +92,7 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "commit": records.commit(),
         "processor": records.made_with({})["processor"],
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count(),
     }
     text = json.dumps(about | found, indent=1) + "\n"
     files.write(ROOT / "data" / "times.json", text)
