@@ -243,40 +243,39 @@ def said_with_interval(row: dict) -> str:
 
 
 def line(row: dict) -> str:
-    """A judged row in one line of plain numbers, as ``tools/check_claims.py`` prints it too."""
-    if row["verdict"] is None:
-        return f"{row['id']:12} {'no verdict':19} {row['found']} of {row['seeds']} seeds"
-    span = verdicts.Interval(row["mean"], row["low"], row["high"], row["found"])
-    holm = "" if row["holm"] is None else f", Holm: {'yes' if row['holm'] else 'no'}"
-    return f"{row['id']:12} {row['verdict']:19} {span}{', ' * bool(row['part'])}{row['part']}{holm}"
+    """A judged row in one line: ``eskd-1: replicated, +1.1 points (0.1 to 2.1)``."""
+    return f"{row['id']}: {row['verdict'] or 'no verdict'}, {said_with_interval(row)}"
 
 
 def show(rows: list[dict], keep: list[dict]) -> None:
     """Show judged rows as a table whose output carries ``keep``, the stored rows, as data."""
     from IPython.display import display
 
-    lines = [f"{r['id']}: {r['verdict'] or 'no verdict'}, {said_with_interval(r)}" for r in rows]
-    display({"text/html": table(rows), "text/plain": "\n".join(lines), MIME: keep}, raw=True)
+    text = "\n".join(map(line, rows))
+    display({"text/html": table(rows), "text/plain": text, MIME: keep}, raw=True)
 
 
 def table(rows: list[dict]) -> str:
     """Judged rows as an HTML table that scrolls in a box of its own where the screen is narrow."""
     import pandas as pd
 
-    def line(row):
-        word = row["verdict"] or "no verdict"
+    def cells(row):
+        factor, word = UNITS[row["unit"]][0], row["verdict"] or "no verdict"
+        bounds = [f"{factor * row[k]:g}" for k in ("bound", "upper") if row[k] is not None]
+        rule = f"{row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g}"
         badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
         part = f"<br>({escape(row['part'])})" if row["part"] else ""
         effect = "–" if row["paper"] is None else said(row["paper"], row["unit"])
         excluded = "<br>(excluded)" if row["effect_excluded"] else ""
         needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
         ours = said_with_interval(row) if row["mean"] is not None else "–"
-        told = {"claim": f"{row['id']}<br>{badge}", "the paper says": escape(row["statement"])}
+        told = {"claim": f"{row['id']}<br>{badge}"}
+        told |= {"the paper says": f"{escape(row['statement'])}<br>({rule})"}
         told |= {"its effect": effect + excluded, "ours (95 %)": ours + part}
         holm = {True: "yes", False: "no", None: "–"}[row["holm"]]
         return told | {"seeds": f"{row['found']} of {row['seeds']}{needed}", "Holm": holm}
 
-    frame = pd.DataFrame(map(line, rows)).set_index("claim").rename_axis(None)
+    frame = pd.DataFrame(map(cells, rows)).set_index("claim").rename_axis(None)
     html = frame.to_html(border=0, classes="claims", justify="left", escape=False)
     return f'<div class="claims">{html}</div>'
 

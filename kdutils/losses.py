@@ -1,4 +1,10 @@
-"""Knowledge terms: plain functions of tensors. They know no devices, teachers or data."""
+"""Knowledge terms: plain functions of tensors. They know no devices, teachers or data.
+
+Give them float32 or float64, as Fabric's wrapped networks do: in 16 bits, and under autocast, sums
+round to nothing. A teacher's tensors must not require a gradient; :class:`VID` alone detaches them.
+Make modules with weights a part of the student before its optimizer (``student.hint =
+FeatureKD(…)``): :func:`train.fit` keeps and resumes the network's weights alone.
+"""
 
 import math
 
@@ -12,7 +18,8 @@ def kd(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 4.0) -
     T² · KL(softmax(teacher / T) ‖ softmax(student / T)), in nats, **summed over the classes** and
     averaged over the batch. Averaging over the classes as well would be too small by a factor C.
 
-    Parameters: ``student`` and ``teacher`` logits, both (B, C); ``temperature`` T > 0.
+    Parameters: ``student`` and ``teacher`` logits, both (B, C): of sequences or maps, flatten all
+    axes but the classes' first; ``temperature`` T > 0. Raises ValueError where shapes differ.
     Returns a 0-d tensor; its gradient with respect to the logits keeps its size as T grows.
     """
     if student.shape != teacher.shape:
@@ -47,7 +54,8 @@ def dkd(student, teacher, labels, alpha=1.0, beta=8.0, temperature=4.0) -> torch
     TCKD is the KL divergence between teacher and student of the two probabilities "the label" and
     "any other class"; NCKD that of the other classes among themselves, without the label. Both are
     summed over classes and averaged over the batch, in nats. :func:`kd` is the case α = 1 and
-    β = the teacher's probability of all other classes, picture by picture (eq. 6).
+    β = the teacher's probability of all other classes at T, picture by picture (eq. 6). T² is the
+    authors' code's; eq. 7 has none.
 
     Parameters: logits (B, C) with C of at least 2; ``labels`` (B,); ``beta`` a number or (B,), one
     a picture. The term does not see a constant added to all of a picture's logits. Returns a 0-d
@@ -223,7 +231,8 @@ class FeatureKD(torch.nn.Module):
 
     (After the hints of Romero et al. 2015, with a linear regressor on pooled features.) Features
     (B, ``student_width``) and (B, ``teacher_width``) to a 0-d tensor, the mean over both axes.
-    ``projector`` is trained with the student, so its weights belong into the optimizer.
+    ``projector`` is trained with the student, so make the module a part of it before the optimizer
+    is made; :func:`train.fit` resumes no weights but the network's.
     Raises ValueError when the features have other widths.
     """
 

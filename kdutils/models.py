@@ -314,7 +314,9 @@ def fit_to_size(network: nn.Module, size: int) -> None:
 def taps(network: nn.Module, layers: list[str]) -> nn.Module:
     """A module that returns ``{layer: output}`` for the named layers, on the same weights.
 
-    Names are those of ``torchvision.models.feature_extraction.get_graph_node_names``.
+    Names are those of ``torchvision.models.feature_extraction.get_graph_node_names``. Where a ReLU
+    that works in place follows a layer, the layer shows what the ReLU has left, if that is computed
+    too: tap the ReLU itself, or set its ``inplace`` to False first.
     Raises ValueError listing the names there are when one does not exist.
     """
     extraction = torchvision.models.feature_extraction

@@ -53,11 +53,13 @@ NOTHING = Found(pd.Series(dtype=float), {})
 
 
 def rows_of(frame: pd.DataFrame, **chosen) -> pd.DataFrame:
-    """The rows in which the named columns have these values; one value, or any of a list."""
-    for name, value in chosen.items():
-        if name not in frame:  # of a study without a record yet
-            return frame[:0]
-        frame = frame[frame[name].isin(value if isinstance(value, list) else [value])]
+    """The rows in which the named columns have these values; one value, or any of a list.
+
+    Raises KeyError for a column that rows do not have; a frame without rows has none.
+    """
+    for name, value in chosen.items() if len(frame) else ():
+        every = isinstance(value, list | tuple | range)
+        frame = frame[frame[name].isin(value if every else [value])]
     return frame
 
 

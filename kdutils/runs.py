@@ -7,7 +7,6 @@ import hashlib
 import inspect
 import itertools
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -66,7 +65,8 @@ class Study:
         """Make ``function(run, **arguments)`` a run: computed once, afterwards read.
 
         The function gets a :class:`Run` first, then plain (JSON) arguments by name, and returns a
-        dict of what it found; a ``history`` in it is a list of rows, one an epoch. Raise
+        dict of what it found, as plain; a ``history`` in it is a list of dicts, one an epoch, that
+        may say its ``seconds``. A number that is not finite makes the run a failed one. Raise
         ``version`` when the function's meaning changes: it is part of the key.
         """
         made = partial(RunFunction, self, version=version)
@@ -251,9 +251,11 @@ class RunFunction:
         content |= {"key": self.key(arguments), "scale": self.study.scale, "arguments": bound}
         content["status"] = "done"
         try:
-            results = self.function(Run(folder), **bound)
-            floats = ((k, v) for k, v in results.items() if isinstance(v, float))
-            if broken := [k for k, v in floats if not math.isfinite(v)]:
+            found, odd = self.function(Run(folder), **bound), []
+            text = json.dumps(found, default=lambda array: array.tolist())  # NumPy's and torch's
+            results = json.loads(text, parse_constant=odd.append)  # NaN and infinities
+            if odd:
+                broken = [k for k, v in results.items() if "null" in json.dumps(v)]
                 results = {"error": f"{', '.join(broken)} is not finite"}
                 content["status"] = "failed"
         except train.Diverged as error:
@@ -267,7 +269,7 @@ class RunFunction:
         history = results.get("history", [])
         content["results"] = results
         content["weights"] = {path.name: files.sha256(path) for path in kept}
-        seconds = round(sum(r["seconds"] for r in history) if history else wall, 1)
+        seconds = round(sum(r.get("seconds", 0) for r in history) or wall, 1)
         made = {"begun": begun.isoformat(timespec="seconds"), "seconds": seconds}
         made |= {"peak_memory_mb": records.peak_memory_mb(), "workers": self.study.sharing}
         made |= made_with | {"commit": self.study.commit, "register": self.study.register}

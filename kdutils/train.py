@@ -73,6 +73,8 @@ def fit(
     row keeps beside epoch, loss, lr and seconds. With a ``folder``, the state is kept there after
     every epoch, and a call that finds it goes on from there to the same bits; the weights after
     each epoch k in ``snapshots`` are kept as ``e<k>.safetensors``. ``progress`` wraps the epochs.
+    All that the optimizer trains has to be a part of ``network``, or it begins anew on resuming.
+    torch's global seed is set at every epoch, and all of ``network`` is in train mode.
     Raises :class:`Diverged` after the first epoch with a loss or a measured number that is not
     finite.
     """
@@ -228,6 +230,8 @@ def load_weights(network: nn.Module, path: Path) -> nn.Module:
 def predict(network: nn.Module, batches: Batches, epoch: int = 1) -> torch.Tensor:
     """Logits (N, C), float32, in the order of the images; the network is left in eval mode.
 
+    The network's output must be one tensor, and the batches must show every picture (not
+    ``centres.Balanced``). What comes out cannot be trained through.
     ``network`` may come from :func:`fit` or be a plain module; both run at the same precision.
     """
     if not isinstance(network, lightning_fabric.wrappers._FabricModule):
@@ -247,7 +251,8 @@ def stored_outputs(teacher: nn.Module, batches: Batches, epochs: int, folder: Pa
 
     Views depend on (seed, epoch, index) alone, so they are computed once, in the student's own
     batches (which makes them the same bits as computing them at every step), and kept in
-    ``folder`` under a name made of the teacher's weights and the batches' content.
+    ``folder`` under a name made of the teacher's weights and the batches' content. Two networks of
+    the same weights whose outputs differ (a last layer without weights) need folders of their own.
     """
     digest = hashlib.sha256(batches.identity().encode())
     for value in teacher.state_dict().values():

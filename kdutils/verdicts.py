@@ -61,6 +61,10 @@ class Rule:
     upper: float | None = None
     ratio: bool = False
 
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind {self.kind!r}; kinds: {', '.join(KINDS)}")
+
     @property
     def side(self) -> int:
         """1 where greater values support the claim, −1 where smaller ones do."""

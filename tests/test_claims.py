@@ -22,6 +22,16 @@ CHECK = records.PROJECT / "tools" / "check_claims.py"
 COLUMNS = claims.COLUMNS
 
 
+def checked(row):
+    """A judged row as ``tools/check_claims.py`` prints it, with kdutils' own numbers."""
+    if row["verdict"] is None:
+        return f"{row['id']:12} {'no verdict':19} {row['found']} of {row['seeds']} seeds"
+    span = verdicts.Interval(row["mean"], row["low"], row["high"], row["found"])
+    part = f", {row['part']}" if row["part"] else ""
+    holm = "" if row["holm"] is None else f", Holm: {'yes' if row['holm'] else 'no'}"
+    return f"{row['id']:12} {row['verdict']:19} {span}{part}{holm}"
+
+
 def registered_row(name, kind="above", **more):
     row = dict.fromkeys(COLUMNS, "") | {"id": name, "study": name.partition("-")[0], "kind": kind}
     row |= {"statement": f"{name} holds", "bound": "0", "margin": "0.01", "unit": "points"}
@@ -185,7 +195,7 @@ def test_stored_rows_are_judged_by_todays_register(register):
     assert [row["holm"] for row in rows] == [True, None, None]
     register(registered_row("a-1", seeds="4"), registered_row("a-2"))
     assert claims.judged(keep)[0]["verdict"] is None, "fewer seeds than registered: no verdict"
-    assert claims.line(claims.judged(keep)[0]) == "a-1          no verdict          3 of 4 seeds"
+    assert claims.line(claims.judged(keep)[0]) == "a-1: no verdict, 3 of 4 seeds"
     register(registered_row("a-1", seeds="2"), registered_row("a-2"))
     with pytest.raises(ClaimError, match="claim a-1: 2 seeds are registered, but there are 3"):
         claims.judged(keep)
@@ -285,6 +295,14 @@ def test_differences_and_ratios_are_by_seed_and_keep_both_sources():
     assert stored["values"] == {"1": less.values[1]}
     first, second = stored["from"]["1"]
     assert first[2] - second[2] == stored["values"]["1"], "the same floats after JSON"
+
+
+def test_a_misspelt_column_is_no_empty_result():
+    with pytest.raises(KeyError, match="netwrok"):
+        results.final(frame(), netwrok="a")
+    assert results.final(pd.DataFrame(), netwrok="a").values.empty
+    one, other = (results.final(frame(), network="a", seed=s) for s in (range(3), [0, 1, 2]))
+    assert one.values.equals(other.values)
 
 
 def test_a_function_of_curves_has_its_name():
@@ -443,7 +461,7 @@ def test_the_check_agrees_with_kdutils(project):
     assert None in words
     run = check(project)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.splitlines() == [claims.line(row) for row in rows]
+    assert run.stdout.splitlines() == [checked(row) for row in rows]
     assert run.stderr == ""
 
 
@@ -617,7 +635,7 @@ def test_the_check_agrees_on_the_published_claims(tmp_path):
             writer.writerows(known)
         run = check(tmp_path)
     assert run.returncode == 0, run.stdout + run.stderr
-    assert run.stdout.split("\n")[:-1] == ([claims.line(row) for row in rows] or [""])
+    assert run.stdout.split("\n")[:-1] == ([checked(row) for row in rows] or [""])
 
 
 def test_claims_as_json_have_all_that_a_verdict_is_made_of():

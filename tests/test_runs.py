@@ -17,6 +17,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import joblib
+import numpy as np
 import pytest
 import safetensors.torch as st
 import tiny
@@ -205,6 +206,36 @@ def test_a_result_that_is_not_finite_fails_the_run_and_is_named():
 
     with pytest.raises(runs.RunFailed, match="entropy is not finite"):
         odd()
+
+
+def test_a_number_that_is_none_is_found_however_deep():
+    study = Study("names", scale="laptop", engine="serial")
+
+    @study.run
+    def odd(run):
+        return {"per_class": [0.5, {"dog": float("inf")}], "found": 1.0}
+
+    with pytest.raises(runs.RunFailed, match="per_class is not finite"):
+        odd()
+
+
+def test_a_finished_training_is_not_lost_by_what_its_result_is_made_of():
+    import torch
+
+    study = Study("names", scale="laptop", engine="serial")
+
+    @study.run
+    def numbers(run):
+        rows = [{"epoch": 1, "loss": np.float64(0.5)}]  # no seconds
+        return {"accuracy": np.float32(0.25), "counts": torch.arange(3), "history": rows}
+
+    content = numbers().content
+    assert content["results"] == {
+        "accuracy": 0.25,
+        "counts": [0, 1, 2],
+        "history": [{"epoch": 1, "loss": 0.5}],
+    }
+    assert content["made"]["seconds"] >= 0
 
 
 def test_an_argument_wins_over_an_entry_of_the_history_with_its_name():

@@ -328,3 +328,8 @@ def test_seeds_needed_only_where_seeds_can_decide():
     assert verdicts.seeds_needed(Rule("at most", 1), [0.5, 1.5]) is None  # at the bound
     assert verdicts.seeds_needed(Rule("at most", 1), [0.5, 1.0]) == 11
     assert verdicts.seeds_needed(Rule("above", 0, margin=0.001), NEAR_1) > 100_000
+
+
+def test_an_unknown_kind_is_refused():
+    with pytest.raises(ValueError, match="unknown kind 'Below'; kinds: above, below, at most"):
+        verdicts.Rule("Below", 0.0)
