@@ -262,18 +262,17 @@ def table(rows: list[dict]) -> str:
     def cells(row):
         factor, word = UNITS[row["unit"]][0], row["verdict"] or "no verdict"
         bounds = [f"{factor * row[k]:g}" for k in ("bound", "upper") if row[k] is not None]
-        rule = f"{row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g}"
+        rule = f"<br>({row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g})"
         badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
         part = f"<br>({escape(row['part'])})" if row["part"] else ""
         effect = "–" if row["paper"] is None else said(row["paper"], row["unit"])
         excluded = "<br>(excluded)" if row["effect_excluded"] else ""
         needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
         ours = said_with_interval(row) if row["mean"] is not None else "–"
-        told = {"claim": f"{row['id']}<br>{badge}"}
-        told |= {"the paper says": f"{escape(row['statement'])}<br>({rule})"}
-        told |= {"its effect": effect + excluded, "ours (95 %)": ours + part}
+        of = {"claim": f"{row['id']}<br>{badge}", "the paper says": escape(row["statement"]) + rule}
+        of |= {"its effect": effect + excluded, "ours (95 %)": ours + part}
         holm = {True: "yes", False: "no", None: "–"}[row["holm"]]
-        return told | {"seeds": f"{row['found']} of {row['seeds']}{needed}", "Holm": holm}
+        return of | {"seeds": f"{row['found']} of {row['seeds']}{needed}", "Holm": holm}
 
     frame = pd.DataFrame(map(cells, rows)).set_index("claim").rename_axis(None)
     html = frame.to_html(border=0, classes="claims", justify="left", escape=False)
