@@ -33,7 +33,7 @@ env: .venv/.stamp ## make the environment in .venv, once
 # The stamp keeps later calls from asking the network anything.
 .venv/.stamp: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else 'This needs Python 3.11, 3.12 or 3.13, but $(PYTHON) is %d.%d; name another with PYTHON=...' % v)"
-	$(PYTHON) -m venv --clear .venv
+	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[book,cluster,crate,edge,test,train]"
 	@touch $@
 

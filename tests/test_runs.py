@@ -197,26 +197,16 @@ def test_a_full_disk_leaves_no_record_and_the_next_try_succeeds(monkeypatch):
     assert network(seed=0).content["status"] == "done"
 
 
-def test_a_result_that_is_not_finite_fails_the_run_and_is_named():
+@pytest.mark.parametrize("odd", [float("nan"), [0.5, {"dog": float("inf")}]])
+def test_a_result_that_is_not_finite_fails_the_run_and_is_named_however_deep(odd):
     study = Study("names", scale="laptop", engine="serial")
 
     @study.run
-    def odd(run):
-        return {"entropy": float("nan"), "found": 1.0}
+    def measured(run):
+        return {"entropy": odd, "found": 1.0}
 
     with pytest.raises(runs.RunFailed, match="entropy is not finite"):
-        odd()
-
-
-def test_a_number_that_is_none_is_found_however_deep():
-    study = Study("names", scale="laptop", engine="serial")
-
-    @study.run
-    def odd(run):
-        return {"per_class": [0.5, {"dog": float("inf")}], "found": 1.0}
-
-    with pytest.raises(runs.RunFailed, match="per_class is not finite"):
-        odd()
+        measured()
 
 
 def test_a_finished_training_is_not_lost_by_what_its_result_is_made_of():
