@@ -120,13 +120,10 @@ Size = Annotated[int, typer.Option(min=8, help="Height and width in pixels, wher
 
 @data_app.command("get")
 def data_get(
-    name: Annotated[str, typer.Argument(help="cifar10, cifar100 or oxford-pets.")],
-    size: Size = 224,
+    name: Annotated[str, typer.Argument(help="cifar10 or cifar100.")],
 ):
     """Download a dataset through torchvision, check it, and keep it as one .npz file."""
-    if name == "oxford-pets":
-        _say(*pictures.pets(name, size))
-    elif "how" in data.sources().get(name, {}):
+    if "how" in data.sources().get(name, {}):
         raise data.DataError(f"{name} cannot be downloaded: {data.sources()[name]['how']}")
     else:
         print(data.get(name))
@@ -138,10 +135,7 @@ def data_import(
     size: Size = 224,
 ):
     """Decode Kaggle's Dogs vs. Cats once, and keep it as dogs-vs-cats.npz."""
-    _say(*pictures.collect("dogs-vs-cats", path, size))
-
-
-def _say(path: Path, skipped: list[str]) -> None:
+    path, skipped = pictures.collect("dogs-vs-cats", path, size)
     print(*map("skipped {}".format, skipped), f"{len(skipped)} pictures skipped", path, sep="\n")
 
 

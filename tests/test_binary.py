@@ -373,7 +373,7 @@ def test_a_wrong_setting_stops_with_one_sentence(study):
         ({"classes": ["cat", "cat"]}, "classes must be two different ones"),
         ({"generations": 1}, "parameter generations is 1"),
         ({"pretrained": "imagenet", "stem": "small"}, "needs a resnet18, 34 or 50"),
-        ({"pretrained": "cifar100", "dataset": "oxford-pets"}, "dataset must then be cifar10"),
+        ({"pretrained": "cifar100", "dataset": "dogs-vs-cats"}, "dataset must then be cifar10"),
         ({"pretrained": "cifar10"}, "parameter pretrained is 'cifar10'"),
         ({"shift": 1.5}, "parameter shift is 1.5"),
         ({"runtimes": ["tflite"]}, r"parameter runtimes\[0\] is 'tflite'"),
