@@ -115,13 +115,8 @@ def data_list():
     print(f"their folder ($KDUTILS_DATA, else the user's cache): {data.folder()}")
 
 
-Size = Annotated[int, typer.Option(min=8, help="Height and width in pixels, where it is free.")]
-
-
 @data_app.command("get")
-def data_get(
-    name: Annotated[str, typer.Argument(help="cifar10 or cifar100.")],
-):
+def data_get(name: Annotated[str, typer.Argument(help="cifar10 or cifar100.")]):
     """Download a dataset through torchvision, check it, and keep it as one .npz file."""
     if "how" in data.sources().get(name, {}):
         raise data.DataError(f"{name} cannot be downloaded: {data.sources()[name]['how']}")
@@ -132,7 +127,7 @@ def data_get(
 @data_app.command("import")
 def data_import(
     path: Annotated[Path, typer.Argument(help="A folder or zip archive of cats and dogs.")],
-    size: Size = 224,
+    size: Annotated[int, typer.Option(min=8, help="Height and width in pixels.")] = 224,
 ):
     """Decode Kaggle's Dogs vs. Cats once, and keep it as dogs-vs-cats.npz."""
     path, skipped = pictures.collect("dogs-vs-cats", path, size)

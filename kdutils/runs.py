@@ -279,7 +279,6 @@ class RunFunction:
 
 
 def _failure(record: Record) -> str:
-    return (
-        f"run {record.content['key']} ({record.content['run']} {record.arguments}) failed: "
-        f"{record.results['error']}; change its arguments, or delete {record.folder} to try again"
-    )
+    what = f"{record.content['key']} ({record.content['run']} {record.arguments})"
+    what_now = f"change its arguments, or delete {record.folder} to try again"
+    return f"run {what} failed: {record.results['error']}; {what_now}"
