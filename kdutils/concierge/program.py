@@ -52,8 +52,7 @@ class Totem:
             self.cosines = {float(k): np.array(v, float) for k, v in told["cosines"].items()}
             named = dict(told["files"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what_now = "run the study, or name its folder"
-            raise TotemError(f"{path} is absent or damaged ({error!r}): {what_now}") from None
+            raise TotemError(f"{path} is absent or damaged ({error!r}): run the study") from None
         for name, expected in named.items():
             file = folder / name
             if Path(name).name != name or not file.exists() or files.sha256(file) != expected:
