@@ -117,13 +117,6 @@ def say(rows: list[dict], named: dict[str, str]):
     return Markdown("\n".join(lines))
 
 
-def stored_lead(study: str) -> str:
-    """The finding with which the answer on a study's stored page begins; empty without one."""
-    put = notebooks.outputs(notebooks.find(study), "answer")
-    said = (one["text/markdown"] for one in put if "text/markdown" in one)
-    return next(said, "").partition("\n\n")[0].replace("\n", " ")
-
-
 def caveats(rows: list[dict]) -> str:
     """At which scale claims were judged, and how many replicated ones survive a correction."""
     of, done = Counter(r["study"] for r in rows), Counter(r["study"] for r in rows if r["verdict"])

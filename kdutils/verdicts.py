@@ -129,8 +129,7 @@ def judge(rule: Rule, values: Sequence[float], confidence: float = 0.95) -> Verd
         inside = near > 0 if every else near >= 0 and high <= end
         outside = far <= 0 if every else far < 0 or low > end
         word, p = REPLICATED if inside else REVERSED if outside else INCONCLUSIVE, None
-    back = math.exp if rule.ratio else float
-    numbers = [back(value) for value in (found.mean, low, high)]
+    numbers = [math.exp(x) if rule.ratio else x for x in (found.mean, low, high)]
     lead = rule.side * (found.mean - start)
     excluded = None if effect is None else not near <= effect <= far
     return Verdict(word, *numbers, len(values), p, lead, excluded)
@@ -155,17 +154,19 @@ def weakest(parts: Mapping[str, Verdict], need: int | None = None) -> Verdict:
     """A claim of several parts: as its weakest part, or as the ``need``-th strongest of them.
 
     It keeps that part's numbers and its name; p is the largest, or the ``need``-th smallest times
-    the number of parts. No word while a part has none.
+    the number of parts. A reversed claim is so by that part and those behind it: p is the largest
+    of theirs, times the number of parts. No word while a part has none.
     """
     named = [replace(verdict, part=name) for name, verdict in parts.items()]
     if any(verdict.word is None for verdict in named):
         return min(named, key=lambda v: v.n if v.word is None else math.inf)
     ordered = sorted(named, key=lambda v: (-WORDS.index(v.word), -v.lead))
-    chosen = ordered[(need or len(named)) - 1]
-    ps = sorted(v.p for v in named if v.p is not None)
-    if len(ps) < len(named):
+    chosen, *behind = ordered[(need or len(named)) - 1 :]
+    if any(verdict.p is None for verdict in named):
         return chosen
-    return replace(chosen, p=ps[-1] if need is None else min(1.0, ps[need - 1] * len(ps)))
+    lost = chosen.word == REVERSED
+    p = sorted(v.p for v in ([chosen, *behind] if lost else named))[-1 if lost else ~len(behind)]
+    return replace(chosen, p=min(1.0, p * (len(named) if need or lost else 1)))
 
 
 def holm(ps: Mapping[str, float], level: float = 0.05) -> dict[str, bool]:

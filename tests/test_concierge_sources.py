@@ -5,6 +5,7 @@ The network is made by hand: a head is what is bright, and who it is its colour.
 
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -77,7 +78,9 @@ def device(model, tmp_path):
 
     def run(*words):
         options = [] if "--database" in words else ["--database", tmp_path / "p.sqlite3"]
-        options += ["--model", model, "--every", 1] if words[0] in ("enrol", "recognise") else []
+        options += (
+            ["--model", run.model, "--every", 1] if words[0] in ("enrol", "recognise") else []
+        )
         found = CliRunner().invoke(program.app, list(map(str, [*words, *options])))
         run.said = found.output
         if found.exception:
@@ -116,7 +119,7 @@ def test_a_wall_is_nobody_and_is_not_enrolled(device, tmp_path, light):
     Image.new("RGB", (90, 60), (light,) * 3).save(tmp_path / "wall.png")
     (line,) = device("recognise", tmp_path / "wall.png")
     assert (line["answer"], line["person"], line["clips"]) == ("nobody", None, 0)
-    with pytest.raises(TotemError, match="of its clips: 1 nobody or two people"):
+    with pytest.raises(TotemError, match="of the clips: 1 nobody or two people"):
         device("enrol", "Ada", tmp_path / "wall.png")
     assert not (tmp_path / "p.sqlite3").exists()
 
@@ -152,6 +155,44 @@ def test_a_film_may_change_its_size_midway(device, tmp_path):
     assert answers(lines) == ["Ada", "Ada"]
     np.testing.assert_allclose(lines[0]["box"], lines[1]["box"], atol=0.02)
     assert [f.width for f in recordings.video(str(tmp_path / "seen.mp4"))] == [64] * 8
+
+
+def test_who_learned_from_squares_is_shown_the_middle_square(device, of, model, tmp_path):
+    """At 128 × 72 pixels, with a lamp outside the square; the box is the whole picture's."""
+    wide = heads(RED, at=(60, 40), size=(128, 72))
+    film(tmp_path / "wide.mp4", wide)
+    lit = wide.copy()
+    lit[:, 10:30, :20] = 255
+    film(tmp_path / "lit.mp4", lit)
+    Image.fromarray(lit[0]).save(tmp_path / "lit.png")
+    square = tmp_path / "square"
+    shutil.copytree(model, square)
+    told = json.loads((square / "model.json").read_text(encoding="utf-8")) | {"square": True}
+    (square / "model.json").write_text(json.dumps(told), encoding="utf-8")
+    device.model = square
+    for name in ("wide.mp4", "lit.mp4", "lit.png"):
+        box = device("recognise", tmp_path / name)[0]["box"]
+        side = 0.4 * 72 / 128
+        np.testing.assert_allclose(box, [60.5 / 128, 40.5 / 72, side, 0.4], atol=0.02)
+    device.model = model  # it learned from whole pictures, squashed
+    box = device("recognise", tmp_path / "wide.mp4")[0]["box"]
+    np.testing.assert_allclose(box, [60.5 / 128, 40.5 / 72, 0.4, 0.4], atol=0.02)
+    assert device("recognise", tmp_path / "lit.mp4")[0]["box"][0] < 0.3
+
+
+def test_a_film_is_never_written_over_its_source(device, of, tmp_path):
+    source = of(RED, "a.mp4")
+    (tmp_path / "same.mp4").hardlink_to(source)
+    for video in (source, tmp_path / "same.mp4"):
+        with pytest.raises(TotemError, match=r"--video would overwrite .*a\.mp4"):
+            device("recognise", source, "--video", video)
+    photograph = tmp_path / "a.jpg"
+    photograph.write_bytes(b"a photograph")
+    with pytest.raises(TotemError, match=r"--video makes a film .* not .*a\.jpg"):
+        device("recognise", source, "--video", photograph)
+    assert photograph.read_bytes() == b"a photograph"
+    with pytest.raises(TotemError, match=r"no/b\.mp4 cannot be written \(its folder is not there"):
+        device("recognise", source, "--video", tmp_path / "no" / "b.mp4")
 
 
 def test_what_holds_no_pictures_says_so(device, tmp_path):
@@ -273,7 +314,7 @@ def test_damaged_databases_are_named_and_left_as_they_are(device, of, tmp_path):
     cut(path)
     left = path.read_bytes()
     for words in (["recognise", of(RED, "a.mp4")], ["enrol", "Ce", of(BLUE, "b.mp4")], ["list"]):
-        with pytest.raises(TotemError, match=r"p\.sqlite3 is damaged and was not used"):
+        with pytest.raises(TotemError, match=r"p\.sqlite3 is damaged or not ours"):
             device(*words)
     assert path.read_bytes() == left
     path.write_bytes(b"")  # an empty file is an empty database
@@ -283,12 +324,78 @@ def test_damaged_databases_are_named_and_left_as_they_are(device, of, tmp_path):
     assert device.said == "Ada\n"
 
 
+def test_a_database_is_made_its_owners_alone_and_another_programs_is_left(device, of, tmp_path):
+    path = tmp_path / "p.sqlite3"
+    device("enrol", "Ada", of(RED, "ada.mp4"))
+    path.chmod(0o644)  # as the first version left it
+    device("list")
+    assert path.stat().st_mode & 0o777 == 0o600
+    other = tmp_path / "other.sqlite3"
+    with sqlite3.connect(other) as database:
+        database.execute("CREATE TABLE theirs (x)")
+    left = other.read_bytes()
+    for words in (["list"], ["recognise", of(RED, "a.mp4")], ["enrol", "Bo", of(BLUE, "b.mp4")]):
+        with pytest.raises(TotemError, match=r"other\.sqlite3 is damaged or not ours"):
+            device(*words, "--database", other)
+    assert other.read_bytes() == left
+
+
+def test_a_databases_name_is_a_files_name(device, of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    device("enrol", "Ada", of(RED, "ada.mp4"), "--database", ":memory:")
+    device("list", "--database", ":memory:")
+    assert device.said == "Ada\n"
+
+
+def test_names_are_one_without_spaces_around_and_said_in_every_encoding(device, of):
+    device("enrol", " Żoë ", of(RED, "ada.mp4"))
+    with pytest.raises(TotemError, match="'Żoë' is enrolled already"):
+        device("enrol", "Żoë", of(RED, "ada.mp4"))
+    (line, _) = device("recognise", of(RED, "a.mp4"))
+    assert line["person"] == "Żoë"
+    assert device.said.isascii()
+    device("list", "--json")
+    assert (json.loads(device.said), device.said.isascii()) == (["Żoë"], True)
+
+
+def test_on_a_full_disk_who_is_forgotten_is_so(device, of, tmp_path, monkeypatch):
+    """What overwrites a person needs no room; what makes the file smaller does."""
+    device("enrol", "Ada", of(RED, "ada.mp4"))
+    kept = People.remove
+
+    def remove(self, name=""):
+        connection, self.database = self.database, Full(self.database)
+        kept(self, name)
+        self.database = connection
+
+    class Full:
+        def __init__(self, database):
+            self.own = database
+
+        def __enter__(self):
+            return self.own.__enter__()
+
+        def __exit__(self, *error):
+            return self.own.__exit__(*error)
+
+        def execute(self, text, *given):
+            if text == "VACUUM":
+                raise sqlite3.OperationalError("database or disk is full")
+            return self.own.execute(text, *given)
+
+    monkeypatch.setattr(People, "remove", remove)
+    device("forget", "Ada")
+    assert device.said == "Ada is forgotten\n"
+    device("list")
+    assert device.said == ""
+
+
 def test_of_a_database_that_may_only_be_read_people_are_recognised(
     device, of, tmp_path, monkeypatch
 ):
     connect = sqlite3.connect
     device("enrol", "Ada", of(RED, "ada.mp4"))
-    monkeypatch.setattr(sqlite3, "connect", lambda at: connect(f"file:{at}?mode=ro", uri=True))
+    monkeypatch.setattr(sqlite3, "connect", lambda at, **_: connect(f"file:{at}?mode=ro", uri=True))
     assert answers(device("recognise", of(RED, "a.mp4"))) == ["Ada"] * 2
     for words in (["enrol", "Bo", of(BLUE, "b.mp4")], ["forget", "Ada"], ["forget", "--all"]):
         with pytest.raises(TotemError, match=r"p\.sqlite3 cannot be used now .*readonly"):

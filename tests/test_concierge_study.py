@@ -378,9 +378,8 @@ def test_a_student_is_trained_and_measured_on_drawn_clips():
     assert found["history"][0]["loss"] > 0
 
 
-@test_recordings.absent
-def test_yale_faces_train_end_to_end(tmp_path):
-    test_recordings.yale(tmp_path)
+def test_a_database_of_grey_faces_trains_end_to_end(tmp_path):
+    test_recordings.database(tmp_path)
     found = trained(SETTING | {"folder": str(tmp_path)})
     assert 0 <= found["test_emotion"] <= 1
     numbers = [v for v in found.values() if not isinstance(v, list)]

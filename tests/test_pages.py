@@ -72,10 +72,9 @@ def test_provenance_counts_runs_commits_and_the_register(tmp_path, monkeypatch):
 
 
 def test_every_study_has_an_answer():
-    for name in notebooks.studies():
-        assert re.match(r"\*\*[^*]+\?\*\* \S.{20}", pages.stored_lead(name)), (
-            "a question, its answer"
-        )
+    for path in notebooks.studies().values():
+        (said,) = [put["text/markdown"] for put in notebooks.outputs(path, "answer")]
+        assert re.match(r"\*\*[^*]+\?\*\* \S.{20}", said), "a question, its answer"
 
 
 def test_caveats_name_scales_and_what_survives_the_correction():

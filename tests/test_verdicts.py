@@ -238,7 +238,7 @@ def part(word, lead=0.0, p=None, n=3):
 def test_a_claim_of_several_parts_is_its_weakest_which_is_named():
     parts = {"good": part(REPLICATED, 2, 0.001), "better": part(SMALLER, 9, 0.002)}
     assert verdicts.weakest(parts).part == "better"  # by its word, whatever its lead
-    for weak in (INCONCLUSIVE, NO_EFFECT, REVERSED):
+    for weak in (INCONCLUSIVE, NO_EFFECT):
         found = verdicts.weakest(parts | {"bad": part(weak, -1, 0.3)})
         assert (found.word, found.part, found.lead, found.p) == (weak, "bad", -1, 0.3)
     equal = {"far": part(REPLICATED, 2, 0.01), "near": part(REPLICATED, 1, 0.001)}
@@ -251,13 +251,23 @@ def test_a_claim_of_several_parts_is_its_weakest_which_is_named():
     assert order == [REVERSED, NO_EFFECT, INCONCLUSIVE, SMALLER]
 
 
+def test_what_reverses_a_claim_of_several_parts_is_tested_by_itself():
+    """Three parts: one clearly on the other side, one at the bound, whose p says nothing of it."""
+    parts = {"at the bound": part(INCONCLUSIVE, 0, 0.98), "good": part(REPLICATED, 3, 0.002)}
+    found = verdicts.weakest(parts | {"bad": part(REVERSED, -5, 0.001)})
+    assert (found.word, found.part, found.p) == (REVERSED, "bad", pytest.approx(0.003))
+    both = parts | {"bad": part(REVERSED, -5, 0.001), "worse": part(REVERSED, -6, 0.004)}
+    assert verdicts.weakest(both, 3).p == pytest.approx(0.016)  # at most two of four hold
+    assert verdicts.weakest({k: part(REVERSED, p=0.9) for k in "ab"}).p == 1
+
+
 def test_any_k_of_several_is_the_kth_strongest():
     parts = {
         "a": part(REVERSED, -1, 0.001),
         "b": part(REPLICATED, 1, 0.02),
         "c": part(INCONCLUSIVE, 0.5, 0.2),
     }
-    for need, (name, p) in {1: ("b", 0.003), 2: ("c", 0.06), 3: ("a", 0.6)}.items():
+    for need, (name, p) in {1: ("b", 0.003), 2: ("c", 0.06), 3: ("a", 0.003)}.items():
         found = verdicts.weakest(parts, need)
         assert (found.part, found.p) == (name, pytest.approx(p))
     assert verdicts.weakest({k: part(REPLICATED, p=0.9) for k in "ab"}, 1).p == 1

@@ -61,13 +61,12 @@ def faults(folder, part):
             try:
                 (record,) = map(read, folder.glob(f"*-{key}.json"))
                 made_of = [record[name] for name in ("study", "run", "version", "arguments")]
-                text = json.dumps(made_of, sort_keys=True, default=float)
-                made = hashlib.sha256(text.encode()).hexdigest()
+                made = hashlib.sha256(json.dumps(made_of, sort_keys=True, default=float).encode())
                 at = [record["arguments"] | record["results"]]
                 for step in path.split("/"):
                     every = [one for whole in at if step == "*" for one in whole]
                     at = every or [x[int(step) if isinstance(x, list) else step] for x in at]
-                if not made.startswith(key) or number != (at if "*" in path else at[0]):
+                if not made.hexdigest().startswith(key) or number != (at if "*" in path else at[0]):
                     raise ValueError
             except (OSError, ValueError, LookupError, TypeError):
                 yield f"no sound record of run {key} has the {path} of seed {seed}."
@@ -107,7 +106,8 @@ def main(root):
             span = f"{centre:+.4f} [{low:+.4f}, {high:+.4f}]{part and f', {part}'}"
             lines[name] = f"{name:12} {WORDS[rank]:19} {span}"
             if p is not None:
-                p = sorted(one[5] for one in found)[place] * (len(names) if several else 1)
+                some = sorted(one[5] for one in (found if rank else found[place:]))
+                p = some[place if rank else -1] * (len(names) if several or not rank else 1)
                 ps.setdefault(row["study"], []).append((min(1, p), name))
     for of_study in ps.values():
         passed = [p <= 0.05 / (len(of_study) - k) for k, (p, _) in enumerate(sorted(of_study))]

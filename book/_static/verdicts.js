@@ -149,10 +149,12 @@ const verdicts = (() => {
     if (open.length) return open.reduce((least, one) => (one.n < least.n ? one : least));
     const rank = (one) => WORDS.indexOf(one.word);
     const ordered = [...named].sort((a, b) => rank(b) - rank(a) || b.lead - a.lead);
-    const chosen = ordered[(need ?? named.length) - 1];
+    const place = (need ?? named.length) - 1, chosen = ordered[place];
     if (named.some((one) => one.p === null)) return chosen;
-    const ps = named.map((one) => one.p).sort((a, b) => a - b);
-    return { ...chosen, p: need ? Math.min(1, ps[need - 1] * ps.length) : ps.at(-1) };
+    const reversed = chosen.word === REVERSED; // by this part and those behind it
+    const ps = (reversed ? ordered.slice(place) : named).map((one) => one.p).sort((a, b) => a - b);
+    const p = reversed ? ps.at(-1) : ps[place];
+    return { ...chosen, p: Math.min(1, p * (need || reversed ? named.length : 1)) };
   }
 
   /** Which of these p, by name, survive Holm's correction. */

@@ -2,12 +2,14 @@
 
 import sqlite3
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from unicodedata import normalize
 
 import numpy as np
+
+WAIT = 30  # seconds for another program, a backup for instance, to let go of the database
 
 
 class TotemError(RuntimeError):
@@ -17,6 +19,13 @@ class TotemError(RuntimeError):
 def unit(values: np.ndarray) -> np.ndarray:
     """A vector (D,) at length 1."""
     return values / np.maximum(np.linalg.norm(values, axis=-1, keepdims=True), 1e-12)
+
+
+def checked(name: str) -> str:
+    """A name without spaces around it; a :class:`TotemError` where it cannot be read."""
+    if not name.strip() or not name.isprintable():
+        raise TotemError(f"the name {name!r} is empty, or has characters that cannot be shown")
+    return name.strip()
 
 
 class People:
@@ -41,14 +50,17 @@ class People:
             if not new:
                 raise TotemError(f"{path} does not exist: nobody is enrolled")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch(0o600)  # its owner's alone, and so is SQLite's journal
+            path.touch()
+        with suppress(OSError):  # it is another user's
+            path.chmod(0o600)  # its owner's alone, and so is SQLite's journal
         wanted = [column.split()[0] for column in cls.COLUMNS]
         try:
-            with closing(sqlite3.connect(path)) as database:
+            with closing(sqlite3.connect(path.absolute(), timeout=WAIT)) as database:
                 database.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
                 database.create_function("nfc", 1, partial(normalize, "NFC"))  # one spelling of ë
                 (state,) = database.execute("PRAGMA quick_check").fetchone()
-                database.execute(f"CREATE TABLE IF NOT EXISTS people ({', '.join(cls.COLUMNS)})")
+                if not database.execute("SELECT * FROM sqlite_master").fetchall():
+                    database.execute(f"CREATE TABLE people ({', '.join(cls.COLUMNS)})")
                 found = [column[1] for column in database.execute("PRAGMA table_info(people)")]
                 if found == wanted[:-1]:
                     database.execute(f"ALTER TABLE people ADD COLUMN {cls.COLUMNS[-1]}")
@@ -58,8 +70,8 @@ class People:
                 yield cls(path, database)
         except sqlite3.Error as error:
             busy = isinstance(error, sqlite3.OperationalError)
-            what = "cannot be used now" if busy else "is damaged and was not used"
-            raise TotemError(f"{path} {what} ({error})") from None
+            what = "cannot be used now" if busy else "is damaged or not ours, and stays as it is"
+            raise TotemError(f"{path} {what} ({error})" + "; try again" * busy) from None
 
     def add(self, name: str, embedding: np.ndarray, model: str, clips: int = 1, more: bool = False):
         """Keep a person's embedding (D,), the mean over so many clips.
@@ -67,15 +79,14 @@ class People:
         A name that is there already is refused; with ``more`` it has to be there, made by the same
         model, and the mean goes over the clips of both.
         """
-        if not name.strip():
-            raise TotemError("the name is empty")
+        name = checked(name)
         with self.database:
             self.database.execute("BEGIN IMMEDIATE")
             query = "SELECT name, embedding, model, clips FROM people WHERE nfc(name) = nfc(?)"
             there = self.database.execute(query, [name]).fetchall()
             if bool(there) != more:
                 known = f"is enrolled already; add to {name!r} with --add, or forget {name!r} first"
-                raise TotemError(f"{name!r} {'is not enrolled: no --add' if more else known}")
+                raise TotemError(f"{name!r} {'is not enrolled: omit --add' if more else known}")
             for _, content, made_by, count in there:
                 before = self._embedding(name, content, made_by, model, len(embedding))
                 embedding, clips = unit(count * before + clips * embedding), count + clips
@@ -86,11 +97,13 @@ class People:
     def remove(self, name: str = "") -> None:
         """Remove a person's data, or that of all; what the file held of it is overwritten."""
         which = " WHERE nfc(name) = nfc(?)" if name else ""
+        name = name.encode(errors="replace").decode()  # what is no text is nobody's name
         with self.database:
             gone = self.database.execute(f"DELETE FROM people{which}", [name] * bool(name)).rowcount
         if name and not gone:
             raise TotemError(f"{name!r} is not enrolled in {self.path}; list says who is")
-        self.database.execute("VACUUM")
+        with suppress(sqlite3.OperationalError):  # a full disk: overwritten it is
+            self.database.execute("VACUUM")
 
     def names(self) -> list[str]:
         """All enrolled people, in the order of their names."""
@@ -104,7 +117,7 @@ class People:
 
     def _embedding(self, name, content, made_by, model, width) -> np.ndarray:
         if made_by != model:
-            raise TotemError(f"{name!r} was enrolled with another model: forget and enrol anew")
+            raise TotemError(f"{name!r} was enrolled with another model: --model takes its folder")
         values = np.frombuffer(content, "<f4") if len(content) == 4 * width else None
         if values is None or not np.isfinite(values).all():
             raise TotemError(f"{self.path} is damaged: the embedding of {name!r} is none")

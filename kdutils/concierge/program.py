@@ -6,6 +6,7 @@ know how networks are trained.
 """
 
 import json
+import os
 import signal
 import time
 from collections import Counter
@@ -22,11 +23,12 @@ from PIL import Image, ImageDraw
 
 from kdutils import files
 from kdutils.concierge import board, deciding, recordings
-from kdutils.concierge.people import People, TotemError, unit
+from kdutils.concierge.people import People, TotemError, checked, unit
 
 HEADS = ("emotion", "face", "embedding")
 STUDENT = {"openvino": "student-int8.xml", "onnxruntime": "student.onnx"}  # which file it reads
 FAULTS = ("small", "dark", "blurred")  # what keeps a clip from being enrolled
+FILMS = (".avi", ".mkv", ".mov", ".mp4")  # as which annotated ones are written
 app = typer.Typer(help="Box, emotion, and who it is, on a device.", pretty_exceptions_enable=False)
 
 
@@ -43,14 +45,14 @@ class Totem:
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
             self.frames, self.size, self.emotions = told["frames"], told["size"], told["emotions"]
+            self.square = bool(told.get("square"))  # the study's first models do not say
             self.heads = {name: slice(*map(int, told["heads"][name])) for name in HEADS}
             self.levels = [deciding.Level(*map(float, level)) for level in told["levels"]]
             self.least = {name: float(told["least"][name]) for name in ("nobody", "alike", *FAULTS)}
             self.cosines = {float(k): np.array(v, float) for k, v in told["cosines"].items()}
             named = dict(told["files"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            what_now = "run the study, or name its folder"
-            raise TotemError(f"{path} is absent or damaged ({error!r}): {what_now}") from None
+            raise TotemError(f"{path} is absent or damaged ({error!r}): run the study") from None
         for name, expected in named.items():
             file = folder / name
             if Path(name).name != name or not file.exists() or files.sha256(file) != expected:
@@ -78,40 +80,57 @@ class Totem:
         return found | {"embedding": unit(out[self.heads["embedding"]])}
 
 
-def clips(source: str, frames: int, size: int, every: int = 1, keep=True) -> Iterator[tuple]:
-    """Clips (F, S, S, 3) uint8 of a film, camera (/dev/video0) or photograph, with their frames.
+def shown(picture: Image.Image, size: int, square: bool) -> tuple[np.ndarray, np.ndarray]:
+    """A picture as the student sees it, (S, S, 3) uint8: its middle square, or all, squashed.
 
-    Of a video every so many-th frame is looked at. Clips follow one another; an end that is shorter
-    is left out. A photograph is a clip in which nothing moves. Frames are held only to ``keep``
-    them, since large ones need much memory. Raises :class:`TotemError` naming a source that
-    cannot be read or is shorter than a clip.
+    And the share (4,) that this is of the picture, by which a box's numbers shrink.
+    """
+    picture = recordings.as_viewed(picture)
+    sides = np.array(picture.size)
+    if square:
+        corner = (sides - min(sides)) // 2
+        picture = picture.crop((*corner, *corner + min(sides)))
+    return recordings.squashed(picture, size), np.tile(picture.size / sides, 2)
+
+
+def clips(source: str, frames: int, size: int, every=1, keep=True, square=False) -> Iterator[tuple]:
+    """Clips (F, S, S, 3) uint8 of a film, camera (/dev/video0) or photograph, see :func:`shown`.
+
+    With each the share that it shows, and its frames. Of a video every so many-th frame is looked
+    at. Clips follow one another; an end that is shorter is left out. A photograph is a clip in
+    which nothing moves. Frames are held only to ``keep`` them, since large ones need much memory.
+    Raises :class:`TotemError` naming a source that cannot be read or is shorter than a clip.
     """
     small, held, count = [], [], 0
     try:
         if Path(source).suffix.lower() in recordings.PICTURES:
             with Image.open(source) as picture:
-                yield np.stack([recordings.squashed(picture, size)] * frames), []
+                picture.draft("RGB", (8 * size, 8 * size))  # a large JPEG is not decoded whole
+                seen, share = shown(picture, size, square)
+                yield np.stack([seen] * frames), share, []
             return
         for count, frame in enumerate(recordings.video(source), 1):
             held += [frame] * keep
             if count % every == 1 % every:
-                small.append(recordings.squashed(recordings.upright(frame), size))
+                seen, share = shown(recordings.upright(frame), size, square)
+                small.append(seen)
             if count % (frames * every) == 0:
-                yield np.stack(small), held
+                yield np.stack(small), share, held
                 small, held = [], []
     except Exception as error:  # whatever PyAV and Pillow raise
         raise TotemError(f"{source} cannot be read ({error})") from None
-    if count < frames * every:
-        raise TotemError(f"{source} has {count} frames; a clip needs {frames * every} (--every)")
+    if count < (least := frames * every):
+        raise TotemError(f"{source} has {count} frames; a clip needs {least} (--every), or a .jpg")
 
 
 def looks(totem: Totem, source: str, every: int, keep=False) -> Iterator[tuple[dict, list]]:
     """What is seen in each clip of a source, and its frames; ``why`` it would not do to enrol."""
-    for clip, frames in clips(source, totem.frames, totem.size, every, keep):
+    for clip, share, frames in clips(source, totem.frames, totem.size, every, keep, totem.square):
         found = totem.look(clip)
         worth = deciding.quality(clip, found["box"])
         worth["nobody"] = deciding.follows(totem.look, clip, found["box"])
         why = next((k for k in ("nobody", *FAULTS) if worth[k] < totem.least[k]), "")
+        found["box"] = (1 - share) * [0.5, 0.5, 0, 0] + share * found["box"]
         yield found | {"why": why, "weight": worth["small"] * worth["blurred"]}, frames
 
 
@@ -125,7 +144,8 @@ def film(path: Path) -> Iterator[Callable]:
     import av
 
     try:
-        path.parent.stat()  # a folder that is not there would be noticed at the first frame
+        if not os.access(path.parent, os.W_OK):  # it would be noticed at the first frame
+            raise OSError("its folder is not there, or may not be written to")
         container = av.open(f"file:{path}", "w")
         stream = container.add_stream("mpeg4", rate=25, pix_fmt="yuv420p")
     except (av.FFmpegError, ValueError, OSError) as error:
@@ -136,8 +156,7 @@ def film(path: Path) -> Iterator[Callable]:
             picture = recordings.upright(frame)
             cx, cy, w, h = (box * np.array(picture.size * 2)).tolist()
             drawing = ImageDraw.Draw(picture)
-            edges = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-            drawing.rectangle(edges, outline="lime", width=2)
+            drawing.rectangle((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), None, "lime", 2)
             drawing.text((4, 4), text, "lime", font_size=max(10, picture.height // 16))
             if not stream.codec_context.is_open:
                 stream.width, stream.height = picture.size
@@ -159,17 +178,17 @@ def newest() -> Path:
 
     found = list((records.runs_folder() / "concierge").glob("edge-*/model.json"))
     if not found:
-        raise TotemError("no model on this machine: run the study, or name a folder with --model")
+        raise TotemError("no model here: run the study with -p device=true, or --model FOLDER")
     return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 Model = Annotated[Path | None, typer.Option(help="Folder with model.json; else the last made.")]
-Database = Annotated[Path, typer.Option(help="The SQLite file of enrolled people.")]
+Database = Annotated[Path, typer.Option(help="The SQLite file of enrolled people, from here.")]
 Engine = Annotated[str, typer.Option(help="openvino or onnxruntime; else the first there is.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of the engine; 0: as it likes.")]
-Every = Annotated[int, typer.Option(min=1, help="Frames from one of a clip's eight to the next.")]
+Every = Annotated[int, typer.Option(min=1, help="Frames from one that is looked at to the next.")]
 PEOPLE = Path("concierge.sqlite3")
-THRESHOLD = "The cosine above which it is somebody, whoever is enrolled; says its cost."
+THRESHOLD = "Cosine above which it is somebody; says its cost. Else by how many are enrolled."
 
 
 @app.command("enrol")
@@ -184,6 +203,9 @@ def enrol(
     every: Every = 6,
 ):
     """Keep a person's embedding; of the pictures nothing is kept."""
+    name = checked(name)
+    if any(str(source).startswith("/dev/video") for source in sources):
+        raise TotemError("a camera does not end: enrol from a film, or from photographs")
     totem, used, refused = Totem(model or newest(), engine, threads), {}, Counter()
     for source in sources:
         for number, (found, _) in enumerate(looks(totem, str(source), every), 1):
@@ -192,12 +214,12 @@ def enrol(
                 used[f"{source}, clip {number},"] = found["embedding"]
     said = ", ".join(f"{count} {why}" for why, count in sorted(refused.items()) if why)
     if not used:
-        raise TotemError(f"{name!r} was not enrolled; of its clips: {said}")
+        raise TotemError(f"{name!r} was not enrolled; film again, for of the clips: {said}")
     seen = np.array(list(used.values()))
     for where, one in used.items() if len(used) > 1 else ():
         if unit(seen.sum(0) - one) @ one < totem.least["alike"]:
             raise TotemError(f"{where} and the others do not look like one person: leave one out")
-    with People.opened(database, new=True) as people:
+    with People.opened(database, new=not add) as people:
         kept = dict(zip(*people.gallery(totem.identity, seen.shape[1]), strict=True))
         mean, limit = unit(seen.mean(0)), deciding.level_for(totem.levels, len(kept), 1).person
         if mean @ kept.pop(normalize("NFC", name), mean) < totem.least["alike"] and add:
@@ -208,8 +230,7 @@ def enrol(
     if twins := [other for other, one in kept.items() if mean @ one > limit]:
         typer.echo(f"{name} looks like {', '.join(twins)}: they will be mistaken.", err=True)
     if count > most:
-        said = f"Thresholds are for {most:g} people, {count} are enrolled: more strangers pass."
-        typer.echo(said, err=True)
+        typer.echo(f"Thresholds are for {most:g} people of {count}: more strangers pass.", err=True)
 
 
 def enrolled(database: Path, totem: Totem) -> tuple[list[str], np.ndarray]:
@@ -234,10 +255,11 @@ def recognise(
     every: Every = 6,
 ):
     """Box, emotion and person, unsure, stranger or nobody of every clip, as JSON lines."""
-    if video and video.resolve() == Path(source).resolve():
+    if video and video.exists() and Path(source).exists() and video.samefile(source):
         raise TotemError(f"--video would overwrite {source}, which is to be read")
-    if video and Path(source).suffix.lower() in recordings.PICTURES:
-        raise TotemError(f"--video writes films, and {source} is a photograph")
+    made, of = (Path(str(one)).suffix.lower() for one in (video, source))
+    if video and (made not in FILMS or of in recordings.PICTURES):
+        raise TotemError(f"--video makes a film ({', '.join(FILMS)}) of a film, not {video}")
     totem = Totem(model or newest(), engine, threads)
     names, _ = enrolled(database, totem)
     if not names:
@@ -250,7 +272,9 @@ def recognise(
         totem.levels = [one._replace(stranger=threshold, person=threshold) for one in totem.levels]
     track = deciding.Track(1 if each else deciding.MOST, totem.least["alike"])
     # Ctrl-C is how a camera's run ends, or a service's SIGTERM; the film is closed all the same.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, signal.default_int_handler)
     with film(video) if video else nullcontext() as add, suppress(KeyboardInterrupt):
         started = time.perf_counter()
         for number, (found, frames) in enumerate(looks(totem, source, every, keep=bool(video))):
@@ -265,11 +289,11 @@ def recognise(
             sure, emotion = max(zip(found["probabilities"].tolist(), totem.emotions, strict=True))
             passed, started = time.perf_counter() - started, time.perf_counter()
             line = {"frame": number * totem.frames * every, "answer": who, "person": person}
-            line |= {"cosine": round(cosine, 4), "needed": level and level.person}
+            line |= {"cosine": round(cosine, 4), "needed": level and round(level.person, 4)}
             line |= {"clips": together, "emotion": emotion, "probability": round(sure, 4)}
             line["box"] = [round(float(v), 4) for v in found["box"]]
             line["frames_a_second"] = round(totem.frames * every / passed, 1)
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(json.dumps(line), flush=True)  # in ASCII, which every terminal has
             if add:
                 add(frames, found["box"], f"{emotion}, {person or who}")
 
@@ -297,5 +321,5 @@ def list_people(
     """The names of enrolled people."""
     with People.opened(database) as people:
         names = people.names()
-    text = json.dumps(names, ensure_ascii=False) if as_json else "\n".join(names)
+    text = json.dumps(names) if as_json else "\n".join(names)
     print(text, end="\n" * bool(text))
