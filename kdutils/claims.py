@@ -260,19 +260,20 @@ def table(rows: list[dict]) -> str:
     import pandas as pd
 
     def cells(row):
-        factor, word = UNITS[row["unit"]][0], row["verdict"] or "no verdict"
+        (factor, _, unit), word = UNITS[row["unit"]], row["verdict"] or "no verdict"
         bounds = [f"{factor * row[k]:g}" for k in ("bound", "upper") if row[k] is not None]
-        rule = f"{row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g}"
+        rule = f"{row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g}{unit}"
+        whose = "ours: " * row["source"].startswith("ours")  # the paper does not say it
         badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
-        part = f"<br>({escape(row['part'])})" if row["part"] else ""
         effect = "–" if row["paper"] is None else said(row["paper"], row["unit"])
-        excluded = "<br>(excluded)" if row["effect_excluded"] else ""
+        effect += "<br>(excluded)" * bool(row["effect_excluded"])
         needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
         return {
             "claim": f"{row['id']}<br>{badge}",
-            "the paper says": f"{escape(row['statement'])}<br>({rule})",
-            "its effect": effect + excluded,
-            "ours (95 %)": (said_with_interval(row) if row["mean"] is not None else "–") + part,
+            "what it says": f"{whose}{escape(row['statement'])}<br>({rule})",
+            "the paper's": effect,
+            "ours (95 %)": (said_with_interval(row) if row["mean"] is not None else "–")
+            + f"<br>({escape(row['part'])})" * bool(row["part"]),
             "seeds": f"{row['found']} of {row['seeds']}{needed}",
             "Holm": {True: "yes", False: "no", None: "–"}[row["holm"]],
         }
