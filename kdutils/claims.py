@@ -272,9 +272,8 @@ def table(rows: list[dict]) -> str:
         ours = said_with_interval(row) if row["mean"] is not None else "–"
         says = whose + escape(row["statement"]) + rule
         of = {"claim": f"{row['id']}<br>{badge}", "what it says": says, "the paper's": effect}
-        holm = {True: "yes", False: "no", None: "–"}[row["holm"]]
         of |= {"ours (95 %)": ours + part, "seeds": f"{row['found']} of {row['seeds']}{needed}"}
-        return of | {"Holm": holm}
+        return of | {"Holm": {True: "yes", False: "no", None: "–"}[row["holm"]]}
 
     frame = pd.DataFrame(map(cells, rows)).set_index("claim").rename_axis(None)
     html = frame.to_html(border=0, classes="claims", justify="left", escape=False)
