@@ -260,19 +260,20 @@ def table(rows: list[dict]) -> str:
     import pandas as pd
 
     def cells(row):
-        factor, word = UNITS[row["unit"]][0], row["verdict"] or "no verdict"
+        (factor, _, unit), word = UNITS[row["unit"]], row["verdict"] or "no verdict"
         bounds = [f"{factor * row[k]:g}" for k in ("bound", "upper") if row[k] is not None]
-        rule = f"<br>({row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g})"
+        rule = f"<br>({row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g}{unit})"
+        whose = "ours: " * row["source"].startswith("ours")  # the paper does not say it
         badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
-        part = f"<br>({escape(row['part'])})" if row["part"] else ""
+        part = f"<br>({escape(row['part'])})" * bool(row["part"])
         effect = "–" if row["paper"] is None else said(row["paper"], row["unit"])
-        excluded = "<br>(excluded)" if row["effect_excluded"] else ""
+        effect += "<br>(excluded)" * bool(row["effect_excluded"])
         needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
         ours = said_with_interval(row) if row["mean"] is not None else "–"
-        of = {"claim": f"{row['id']}<br>{badge}", "the paper says": escape(row["statement"]) + rule}
-        of |= {"its effect": effect + excluded, "ours (95 %)": ours + part}
-        holm = {True: "yes", False: "no", None: "–"}[row["holm"]]
-        return of | {"seeds": f"{row['found']} of {row['seeds']}{needed}", "Holm": holm}
+        says = whose + escape(row["statement"]) + rule
+        of = {"claim": f"{row['id']}<br>{badge}", "what it says": says, "the paper's": effect}
+        of |= {"ours (95 %)": ours + part, "seeds": f"{row['found']} of {row['seeds']}{needed}"}
+        return of | {"Holm": {True: "yes", False: "no", None: "–"}[row["holm"]]}
 
     frame = pd.DataFrame(map(cells, rows)).set_index("claim").rename_axis(None)
     html = frame.to_html(border=0, classes="claims", justify="left", escape=False)

@@ -26,14 +26,14 @@ def answer(lead: str, *points: str):
     return Markdown("\n".join([lead, "", *listed]).strip())
 
 
-def tally(rows: list[dict]) -> str:
+def tally(rows: list[dict], what: str = "claims") -> str:
     """How many judged claims have which word: ``Of 8 claims: 3 replicated and 5 inconclusive.``"""
     counts = Counter(row["verdict"] or "not judged yet" for row in rows)
     order = [*reversed(verdicts.WORDS), "not judged yet"]
     names = {verdicts.NO_EFFECT: "with no effect", verdicts.SMALLER: "replicated (smaller)"}
     said = [f"{counts[word]} {names.get(word, word)}" for word in order if counts[word]]
     listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
-    return f"Of {len(rows)} claims: {listed}."
+    return f"Of {len(rows)} {what}: {listed}."
 
 
 def holds(row: dict) -> str:
@@ -106,14 +106,14 @@ def provenance(study: Study):
 
 
 def say(rows: list[dict], named: dict[str, str]):
-    """Judged claims as a list, a sentence a claim: what was asked, the word, the numbers."""
+    """Judged claims as a list, a sentence a claim: the word, the numbers, what was asked."""
     from IPython.display import Markdown
 
     by_id, lines = {row["id"]: row for row in rows}, []
     for name, question in named.items():
         row = by_id[name]
         weakest = f"; decided by *{row['part']}*" if row["part"] and row["verdict"] else ""
-        lines.append(f"- **{question}** ({name}): {holds(row)}{weakest}.")
+        lines.append(f"- {holds(row).replace('*', '**')}: {question} ({name}){weakest}.")
     return Markdown("\n".join(lines))
 
 

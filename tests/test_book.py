@@ -258,6 +258,10 @@ def test_wide_tables_scroll_in_their_own_box(screen, address):
         )
         assert inside
     assert {box.get_attribute("tabindex") for box in boxes.all()} == {"0"}  # for the keyboard
+    one = boxes.first
+    assert "has-more" in one.get_attribute("class")  # it fades where there is more
+    one.evaluate("box => { box.scrollLeft = box.scrollWidth }")
+    screen.wait_for_function("box => !box.classList.contains('has-more')", arg=one.element_handle())
 
 
 @pytest.mark.parametrize("width", ["desktop", "phone"])

@@ -42,9 +42,8 @@ def test_a_claim_is_said_with_its_word_its_interval_and_its_weakest_part():
     assert pages.holds(row("replicated")) == "*replicated*, +1.1 points (0.1 to 2.1)"
     assert pages.holds(row(None, mean=None, found=3)) == "*no verdict*, 3 of 8 seeds"
     text = pages.say([row("inconclusive", part="late")], {"a-1": "Better"}).data
-    assert (
-        text == "- **Better** (a-1): *inconclusive*, +1.1 points (0.1 to 2.1); decided by *late*."
-    )
+    said = "- **inconclusive**, +1.1 points (0.1 to 2.1): Better (a-1); decided by *late*."
+    assert text == said
 
 
 def test_the_setting_escapes_what_would_be_html():

@@ -41,6 +41,7 @@ def codemeta(citation: dict) -> dict:
         "version": citation["version"],
         "datePublished": str(citation["date-released"]),
         "license": f"https://spdx.org/licenses/{citation['license']}",
+        "codeRepository": citation.get("repository-code"),
         "keywords": citation["keywords"],
         "programmingLanguage": "Python",
         "citation": [_paper(one) for one in citation["references"]],

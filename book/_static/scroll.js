@@ -1,4 +1,5 @@
-// A box that scrolls sideways can be reached by the keyboard, also one in a fold that is opened later.
+// A box that scrolls sideways can be reached by the keyboard, also one in a fold that is opened later,
+// and fades at its right edge while there is more.
 {
   const boxes = [
     "div.claims",
@@ -12,9 +13,10 @@
     for (const box of document.querySelectorAll(boxes)) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
+      box.classList.toggle("has-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 8);
     }
   };
   addEventListener("load", reach);
   addEventListener("resize", reach);
-  addEventListener("toggle", reach, true); // a fold; it does not bubble
+  for (const name of ["toggle", "scroll"]) addEventListener(name, reach, true); // they do not bubble
 }

@@ -28,7 +28,6 @@ from kdutils.concierge.people import People, TotemError, checked, unit
 HEADS = ("emotion", "face", "embedding")
 STUDENT = {"openvino": "student-int8.xml", "onnxruntime": "student.onnx"}  # which file it reads
 FAULTS = ("small", "dark", "blurred")  # what keeps a clip from being enrolled
-FILMS = (".avi", ".mkv", ".mov", ".mp4")  # as which annotated ones are written
 app = typer.Typer(help="Box, emotion, and who it is, on a device.", pretty_exceptions_enable=False)
 
 
@@ -258,8 +257,8 @@ def recognise(
     if video and video.exists() and Path(source).exists() and video.samefile(source):
         raise TotemError(f"--video would overwrite {source}, which is to be read")
     made, of = (Path(str(one)).suffix.lower() for one in (video, source))
-    if video and (made not in FILMS or of in recordings.PICTURES):
-        raise TotemError(f"--video makes a film ({', '.join(FILMS)}) of a film, not {video}")
+    if video and (made not in (".avi", ".mkv", ".mov", ".mp4") or of in recordings.PICTURES):
+        raise TotemError(f"--video makes a film (.avi, .mkv, .mov, .mp4) of a film, not {video}")
     totem = Totem(model or newest(), engine, threads)
     names, _ = enrolled(database, totem)
     if not names:
