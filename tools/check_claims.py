@@ -3,7 +3,8 @@
 ``python tools/check_claims.py [PROJECT]`` finds every number that a claim in notebooks/*.ipynb
 names in its run's record and puts differences and ratios together again (what a function of the
 notebook makes of curves is held against its stored mean alone). It judges by data/claims.csv and
-prints what ``python -m kdutils claims`` prints; or says each fault in a sentence and exits with 1.
+prints the verdicts, which ``python -m kdutils claims`` prints too; or says each fault in a sentence
+and exits with 1.
 """
 
 import csv
