@@ -68,7 +68,7 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
     """
     from kdutils import claims
 
-    ax = plt.subplots(figsize=(4.8, 0.88 * len(rows) + 0.6))[1]
+    ax = plt.subplots(figsize=(4.8, 0.94 * len(rows) + 0.6))[1]
     for y, row in enumerate(rows):
         colour, marker = SIGNS[row["verdict"]]
         if y % 2:
@@ -81,17 +81,17 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
         ax.text(-reach, y + 0.36, said, size=9 if len(said) < 45 else 8, va="center", color="0.35")
         word = row["verdict"] or "no verdict"
         ax.text(reach, y + 0.36, word, size=9, ha="right", va="center", weight="bold")
-        ax.vlines([0, 1], y - 0.1, y + 0.22, ["black", "grey"], ["-", "--"], linewidth=0.9)
+        ax.vlines([0, 1], y - 0.05, y + 0.22, ["black", "grey"], ["-", "--"], linewidth=0.9)
         if row["margins"] is None:
             continue
         drawn = {k: max(-reach, min(reach, v)) for k, v in row["margins"].items() if v is not None}
         span, arrows = [drawn["low"], drawn["high"]], {-reach: "<", reach: ">"}
-        ax.plot(span, [y + 0.06] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
+        ax.plot(span, [y + 0.08] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
         edge = arrows.get(drawn["mean"], marker)
         hollow = {"markerfacecolor": "white"} if row["verdict"] == "inconclusive" else {}
-        ax.plot(drawn["mean"], y + 0.06, edge, color=colour, markersize=8, **hollow)
+        ax.plot(drawn["mean"], y + 0.08, edge, color=colour, markersize=8, **hollow)
         if "effect" in drawn:
-            at, edge = (drawn["effect"], y + 0.06), arrows.get(drawn["effect"], "D")
+            at, edge = (drawn["effect"], y + 0.08), arrows.get(drawn["effect"], "D")
             ax.plot(*at, edge, markerfacecolor="none", color="black", markersize=7)
     ax.set(ylim=(len(rows) - 0.45, -0.55), xlim=(-reach - 0.1, reach + 0.1), yticks=[])
     ax.set_xlabel("beyond the bound, in margins  (◇ the paper's effect)", size=9)
