@@ -103,7 +103,9 @@ def write(app, failed):
     shown |= {name: of_run(one, listed[name][-1], made) for name, one in contents.items()}
     shown["index"] = {
         "runs": listed,
-        "claims": {row["id"]: row["statement"] for row in rows},
+        "claims": {
+            row["id"]: [row["statement"], claims.line(row).partition(": ")[2]] for row in rows
+        },
         "pages": {study: f"../notebooks/{path.stem}.html" for study, path in pages.items()},
     }
     where = {

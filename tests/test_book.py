@@ -316,6 +316,7 @@ def test_a_number_leads_to_its_claim_and_from_there_to_its_runs(screen, address)
     assert sticking_out(screen) + barriers(screen, {"exclude": []}, {}) == []
     switch(screen, "desktop")
     screen.goto(f"{address}/book/record.html?of=vid-99")
+    assert text in place.locator("table[aria-label='All claims']").inner_text()
     place.locator("input").fill(f"{name} {row['id']}")
     assert place.get_by_role("status").inner_text().startswith("1 of ")
     lines, more = (

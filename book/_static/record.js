@@ -203,8 +203,8 @@ what is shown as one script each, so that the page works from a folder too. */
       filter();
     });
     filter();
-    const rows = Object.entries(claims).map(([id, statement]) => [[to(id)], statement]);
-    return [make("h2", {}, "All claims"), table(["claim", "what is claimed"], rows, "All claims"),
+    const rows = Object.entries(claims).map(([id, [statement, found]]) => [[to(id)], statement, found]);
+    return [make("h2", {}, "All claims"), table(["claim", "what is claimed", "what was found"], rows, "All claims"),
       make("h2", {}, "All runs"), make("p", {}, label, " ", find), status, drawn, more];
   }
 
