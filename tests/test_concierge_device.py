@@ -417,7 +417,9 @@ def test_a_signal_ends_recognising_and_the_film_can_be_played(model, tmp_path, n
     words = ["recognise", tmp_path / "long.mp4", "--model", model, "--every", 1]
     words += ["--database", tmp_path / "p.sqlite3", "--video", tmp_path / "seen.mp4"]
     command = [sys.executable, "-c", PROGRAM, "concierge", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    heard = partial(signal.signal, number, signal.default_int_handler)  # whatever nohup told us
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, preexec_fn=heard, **both)
     lines = [json.loads(process.stdout.readline()) for _ in range(3)]
     process.send_signal(number)
     rest, said = process.stdout.read(), process.stderr.read()  # communicate() loses what was read

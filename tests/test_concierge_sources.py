@@ -5,6 +5,7 @@ The network is made by hand: a head is what is bright, and who it is its colour.
 
 import json
 import re
+import resource
 import shutil
 import sqlite3
 import subprocess
@@ -434,10 +435,13 @@ finally:  # getrusage would count what the test's own process has had
     words = ["recognise", path, "--model", model, "--database", tmp_path / "none.sqlite3"]
     words += ["--video", tmp_path / "seen.mp4", "--threads", "1"]
     command = [sys.executable, "-c", code, "concierge", *map(str, words)]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     run = subprocess.run(command, capture_output=True, encoding="utf-8")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert run.returncode == 0, run.stderr
     lines = [json.loads(line) for line in run.stdout.splitlines()]
     assert len(lines) == many // (6 * FRAMES)
-    assert np.median([line["frames_a_second"] for line in lines]) > 30
+    taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert taken < many / 30  # of the processor, its start too: other tests run beside
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", run.stderr)
     assert int(peak) < 600_000
