@@ -359,7 +359,7 @@ def test_a_dask_worker_keeps_memory_for_its_next_step_and_computes_one_run_at_a_
     with cluster(n_workers=1, threads_per_worker=2) as running:
         study = Study("memory", scale="laptop", engine=running.scheduler_address)
         found = study.map(study.run(_page_faults), grid(trial=[0, 1]))
-    assert found.faults.max() < 20_000, "each of a hundred tensors of 1,024 pages is faulted in anew"
+    assert found.faults.max() < 20_000, "each of a hundred tensors of 1,024 pages comes anew"
     assert found.pid.nunique() == 1
     assert os.getpid() not in set(found.pid), "computed here, not by the worker"
     first, second = found.sort_values("begun").itertuples()
