@@ -164,8 +164,8 @@ def weakest(parts: Mapping[str, Verdict], need: int | None = None) -> Verdict:
     chosen, *behind = ordered[(need or len(named)) - 1 :]
     if any(verdict.p is None for verdict in named):
         return chosen
-    lost = chosen.word == REVERSED
-    p = sorted(v.p for v in ([chosen, *behind] if lost else named))[-1 if lost else ~len(behind)]
+    lost, place = chosen.word == REVERSED, len(named) - len(behind) - 1
+    p = max(v.p for v in [chosen, *behind]) if lost else sorted(v.p for v in named)[place]
     return replace(chosen, p=min(1.0, p * (len(named) if need or lost else 1)))
 
 

@@ -9,14 +9,17 @@
     ".pst-scrollable-table-container",
     "pre",
   ].join();
+  const fade = (box) =>
+    box.classList.toggle("has-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 8);
   const reach = () => {
     for (const box of document.querySelectorAll(boxes)) {
       if (box.scrollWidth > box.clientWidth) box.tabIndex = 0;
       else box.removeAttribute("tabindex");
-      box.classList.toggle("has-more", box.scrollWidth - box.clientWidth - box.scrollLeft > 8);
+      fade(box);
     }
   };
   addEventListener("load", reach);
   addEventListener("resize", reach);
-  for (const name of ["toggle", "scroll"]) addEventListener(name, reach, true); // they do not bubble
+  addEventListener("toggle", reach, true); // a fold; it does not bubble
+  addEventListener("scroll", ({ target }) => target.matches?.(boxes) && fade(target), true);
 }
