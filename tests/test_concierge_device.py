@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -13,6 +14,7 @@ from unicodedata import normalize
 
 import numpy as np
 import pytest
+import typer
 from test_recordings import film, turned
 from typer.testing import CliRunner
 
@@ -22,6 +24,7 @@ from kdutils.concierge import people as people_room
 from kdutils.concierge.board import EngineError
 from kdutils.concierge.people import People, TotemError
 from kdutils.concierge.program import Totem
+from kdutils.records import PROJECT
 
 pytest.importorskip("av", reason="PyAV is in the extra 'edge'")
 pytest.importorskip("onnxruntime", reason="engines are in the extra 'edge'")
@@ -46,6 +49,38 @@ LENIENT = {
     "least": {"nobody": -99, "alike": -1, "small": 0, "dark": 0, "blurred": 0},
     "cosines": {"1": [[0.1, 0.5], [0.2, 0.9]], "10": [[0.2, 0.6], [0.1, 0.8]]},
 }
+
+
+# What the page tells to install on a board, and what that brings along; nothing else is found.
+ONLY = """
+import re, sys
+from importlib.machinery import PathFinder
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+
+def plain(name):
+    return re.match(r"[\\w.-]+", name)[0].lower().replace("_", "-")
+
+
+wanted, known, found = WANTED.split(), {"kdutils"}, packages_distributions()
+while wanted:
+    known.add(name := wanted.pop())
+    try:
+        more = [plain(one) for one in requires(name) or () if "extra ==" not in one]
+    except PackageNotFoundError:
+        continue  # of another system
+    wanted += [one for one in more if one not in known]
+
+
+class Only(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        of = found.get(name.partition(".")[0], ())
+        hidden = of and not {plain(one) for one in of} & known
+        return None if hidden else super().find_spec(name, path, target)
+
+
+sys.meta_path[:] = [Only if finder is PathFinder else finder for finder in sys.meta_path]
+"""
 
 
 def run_program(*words, code=0, start=PROGRAM):
@@ -116,6 +151,26 @@ def test_a_person_is_enrolled_recognised_and_forgotten_without_pytorch(model, vi
     assert "Żaneta".encode() not in content
 
 
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_the_program_needs_what_the_page_tells_to_install_and_no_more(
+    model, videos, tmp_path, engine
+):
+    """Whatever else is installed here is hidden; so is kdutils' own list of needs."""
+    page = (PROJECT / "book" / "device.md").read_text(encoding="utf-8")
+    (wanted,) = re.findall(r"^pip install (numpy typer .* openvino)$", page, re.MULTILINE)
+    folder = with_int8(tmp_path / "int8", model) if engine == "openvino" else model
+    alone = f"WANTED = {wanted.replace('openvino', engine)!r}\n{ONLY}"
+    for name in ("torch", "pandas", "scipy"):
+        code = f"{alone}try:\n    import {name}\nexcept ModuleNotFoundError:\n    print('none')"
+        said = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+        assert said.stdout == "none\n", said.stderr
+    at = ("--database", tmp_path / "p.sqlite3", "--model", folder, "--engine", engine)
+    light = partial(run_program, start=alone + ALONE.partition(WITHOUT_TORCH)[2])
+    light("enrol", "Ada", videos[0], *at, "--every", 1)
+    said = light("recognise", videos[0], *at, "--every", 1, "--threads", 1)
+    assert len(said.splitlines()) == 2
+
+
 def test_the_studys_files_find_and_refuse_people_that_training_never_saw_as_it_says(tmp_path):
     """A student that ``edge`` leaves, in int8, and people enrolled after training."""
     pytest.importorskip("openvino", reason="engines are in the extra 'edge'")
@@ -140,15 +195,16 @@ def test_the_studys_files_find_and_refuse_people_that_training_never_saw_as_it_s
     seen = np.array([totem.look(clip)["embedding"] for clip in clips])
     again = rates.measured(seen, part.people, totem.levels)
     for level, shares in run.results["rates"].items():  # the device sees what the study saw
-        for name, share in shares.items():
-            assert again[level][name] == pytest.approx(share, abs=0.02), (level, name)
+        assert shares["not_sure"] >= 0
+        for name, share in again[level].items():
+            assert shares[name] == pytest.approx(share, abs=0.02), (level, name)
     # A student of eight short epochs knows faces badly, but better than not at all.
     cosines = seen @ seen.T
     same = part.people[:, None] == part.people
     np.fill_diagonal(same, False)
     assert cosines[same].mean() > cosines[~same & ~np.eye(len(seen), dtype=bool)].mean() + 0.02
-    assert 0 <= run.results["rooms_refused"] <= 1
-    assert run.results["pairs_refused"] > 0
+    assert run.results["rooms_refused"] > 0.02
+    assert run.results["pairs_refused"] > 0.05
     assert run.results["unlike"]["mixed"] > run.results["unlike"]["own"]
     assert run.results["stills"].keys() == run.results["rates"].keys()
     assert run.results["test_refused"] < 0.2
@@ -257,27 +313,27 @@ def test_several_clips_decide_unless_each_is_asked_for(model, videos, tmp_path):
 
 def test_where_int8_sums_overflow_the_student_in_32_bits_is_taken(model, tmp_path, capsys):
     """Of a network that stands in for int8: what it was said to put out is off."""
-    pytest.importorskip("openvino", reason="engines are in the extra 'edge'")
     for off, said in ((0.0, ""), (0.2, "int8 is 0.20 off here: 32 bits are used\n")):
-        copy = tmp_path / str(off)
-        copy.mkdir()
-        shutil.copy(model / "student.onnx", copy)
-        import openvino
-
-        openvino.save_model(
-            openvino.convert_model(copy / "student.onnx"), copy / "student-int8.xml"
-        )
-        with np.load(model / "check.npz") as kept:
-            clips = kept["clips"]
-        told = board.openvino(copy / "student-int8.xml", 1)[0]
-        outputs = np.concatenate([told(c[None]) for c in clips]) + np.float32(off)
-        np.savez(copy / "check.npz", clips=clips, **{"openvino-int8": outputs})
-        names = ("student.onnx", "student-int8.xml", "student-int8.bin", "check.npz")
-        content = json.loads((model / "model.json").read_text(encoding="utf-8"))
-        content["files"] = {name: files.sha256(copy / name) for name in names}
-        (copy / "model.json").write_text(json.dumps(content), encoding="utf-8")
-        Totem(copy, "openvino")
+        Totem(with_int8(tmp_path / str(off), model, off), "openvino")
         assert capsys.readouterr().err == said
+
+
+def with_int8(copy, model, off=0.0):
+    """The model with a file for OpenVINO, in 32 bits; its check was this much off."""
+    openvino = pytest.importorskip("openvino", reason="engines are in the extra 'edge'")
+    copy.mkdir()
+    shutil.copy(model / "student.onnx", copy)
+    openvino.save_model(openvino.convert_model(copy / "student.onnx"), copy / "student-int8.xml")
+    with np.load(model / "check.npz") as kept:
+        clips = kept["clips"]
+    told = board.openvino(copy / "student-int8.xml", 1)[0]
+    outputs = np.concatenate([told(c[None]) for c in clips]) + np.float32(off)
+    np.savez(copy / "check.npz", clips=clips, **{"openvino-int8": outputs})
+    names = ("student.onnx", "student-int8.xml", "student-int8.bin", "check.npz")
+    content = json.loads((model / "model.json").read_text(encoding="utf-8"))
+    content["files"] = {name: files.sha256(copy / name) for name in names}
+    (copy / "model.json").write_text(json.dumps(content), encoding="utf-8")
+    return copy
 
 
 def test_to_a_person_no_stranger_is_added(model, videos, tmp_path):
@@ -633,6 +689,12 @@ def test_a_name_twice_a_short_video_and_no_model_are_refused(model, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["enrol", "recognise", "forget", "list"])
-def test_every_command_has_help(command):
+def test_every_command_and_setting_has_help_and_stands_on_the_page(command):
     said = CliRunner().invoke(program.app, [command, "--help"])
     assert (said.exit_code, "Usage" in said.output) == (0, True)
+    page = (PROJECT / "book" / "device.md").read_text(encoding="utf-8")
+    assert f"concierge {command}" in page
+    for setting in typer.main.get_command(program.app).commands[command].params:
+        assert setting.help, setting.name
+        if setting.param_type_name == "option":
+            assert setting.opts[0] in page, setting.name

@@ -72,6 +72,16 @@ def test_the_band_of_unsure_looks_is_no_wider_than_a_twentieth():
         assert unsure.mean() <= 0.05 + 5 / len(unsure)  # equal cosines
 
 
+def test_being_unsure_halves_the_strangers_let_in_where_that_costs_little():
+    embeddings, people = drawn(noise=0.1, seed=1)
+    levels = rates.levels(embeddings, people, sizes=[1, 20], share=0.5)
+    sure = rates.measured(embeddings, people, levels)
+    loose = [one._replace(person=one.stranger) for one in levels]
+    for level, shares in rates.measured(embeddings, people, loose).items():
+        assert sure[level]["unsure"] < 0.05
+        assert 0 < sure[level]["let_in"] <= shares["let_in"] / 2 + 0.01
+
+
 def test_a_level_that_nobody_reaches_recognises_nobody():
     found = rates.measured(*drawn(), [Level(5, 1, 2.0, 2.0)])
     most = found["5x1"].pop("let_in_at_most")

@@ -228,15 +228,18 @@ def test_of_a_film_that_was_cut_off_the_whole_clips_are_seen_or_it_is_named(devi
     assert device.said == "Ada\n"
 
 
+@pytest.mark.parametrize("kind", ["png", "jpg"])
 @pytest.mark.parametrize("mark", range(1, 9))
-def test_a_photograph_is_seen_as_its_exif_mark_says(device, tmp_path, mark):
+def test_a_photograph_is_seen_as_its_exif_mark_says(device, tmp_path, mark, kind):
+    """The JPEG is large enough to be decoded at a part of its size."""
     upright = Image.fromarray(heads(RED, at=(16, 24), size=(64, 96))[0])
+    upright = upright if kind == "png" else upright.resize((640, 960))
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's transposition that undoes each
     stored = upright if mark == 1 else upright.transpose(Image.Transpose(back[mark]))
     exif = Image.Exif()
     exif[274] = mark
-    stored.save(tmp_path / "ada.png", exif=exif)
-    (line,) = device("recognise", tmp_path / "ada.png")
+    stored.save(tmp_path / f"ada.{kind}", exif=exif)
+    (line,) = device("recognise", tmp_path / f"ada.{kind}")
     np.testing.assert_allclose(line["box"][:2], [16 / 64, 24 / 96], atol=0.03)
 
 
@@ -328,17 +331,33 @@ def test_damaged_databases_are_named_and_left_as_they_are(device, of, tmp_path):
 def test_a_database_is_made_its_owners_alone_and_another_programs_is_left(device, of, tmp_path):
     path = tmp_path / "p.sqlite3"
     device("enrol", "Ada", of(RED, "ada.mp4"))
-    path.chmod(0o644)  # as the first version left it
-    device("list")
-    assert path.stat().st_mode & 0o777 == 0o600
+    for before, after in ((0o644, 0o600), (0o444, 0o400)):  # the first is of the first version
+        path.chmod(before)
+        device("list")
+        assert path.stat().st_mode & 0o777 == after
     other = tmp_path / "other.sqlite3"
     with sqlite3.connect(other) as database:
         database.execute("CREATE TABLE theirs (x)")
+    other.chmod(0o644)
     left = other.read_bytes()
     for words in (["list"], ["recognise", of(RED, "a.mp4")], ["enrol", "Bo", of(BLUE, "b.mp4")]):
         with pytest.raises(TotemError, match=r"other\.sqlite3 is damaged or not ours"):
             device(*words, "--database", other)
-    assert other.read_bytes() == left
+    assert (other.read_bytes(), other.stat().st_mode & 0o777) == (left, 0o644)
+
+
+def test_a_database_that_another_tool_gave_a_wal_keeps_nothing_there(device, of, tmp_path):
+    path = tmp_path / "p.sqlite3"
+    device("enrol", "Ada", of(RED, "ada.mp4"))
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+    database.close()
+    with People.opened(path) as people:
+        people.add("Bo", np.arange(3, dtype="<f4"), "m")
+        assert not list(tmp_path.glob("p.sqlite3-*"))
+    device("forget", "--all")
+    held = path.read_bytes()
+    assert not [name for name in (b"Ada", b"Bo") if name in held]
 
 
 def test_a_databases_name_is_a_files_name(device, of, tmp_path, monkeypatch):

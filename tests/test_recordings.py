@@ -249,9 +249,10 @@ def not_utf8(path, rows):
     (path / "labels.csv").write_bytes(content.encode("iso-8859-2"))
 
 
-def semicolons(path, rows):
+def written(path, between, first=""):
+    """As spreadsheets write the table in some countries."""
     content = (path / "labels.csv").read_text(encoding="utf-8")
-    (path / "labels.csv").write_text(content.replace(",", ";"), encoding="utf-8")
+    (path / "labels.csv").write_text(first + content.replace(",", between), encoding="utf-8")
 
 
 def twice(path, rows):
@@ -310,7 +311,18 @@ FAULTS = {
     "one clip": (one_clip, r"'Jan/c0': number of clips is 1; everybody needs 3"),
     "no strangers": (no_strangers, r"has 2 registered people and 0 others; 2 and 4"),
     "not UTF-8": (not_utf8, r"labels\.csv was not read .*; it must be UTF-8"),
-    "semicolons": (semicolons, r"labels\.csv was not read .*; it must be .* separated by commas"),
+    "tabs": (
+        lambda path, rows: written(path, "\t"),
+        r"labels\.csv was not read .*; it must be .* separated by commas",
+    ),
+    "sep=": (
+        lambda path, rows: written(path, ",", "sep=,\n"),
+        r"labels\.csv was not read .*; it must be .* have the columns clip, emotion",
+    ),
+    "semicolons": (
+        lambda path, rows: written(path, ";"),
+        r"labels\.csv was not read .*; it must be .* separated by commas",
+    ),
     "twice": (twice, r"line 20, clip 'Jan/c1': .*it must have one line alone"),
     "a field too many": (longer, r"labels\.csv was not read .*line 6.*; it must "),
     "a field too few": (shorter, r"line 6, clip 'Jan/c1': registered is ''; it must be 0 or 1"),

@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, default="", help="default: the first found")
     parser.add_argument("--threads", type=int, default=1, help="of the engine; 0: as it likes")
     parser.add_argument("--repeats", type=int, default=200, help="how often each is timed")
-    parser.add_argument("--output", type=Path, default=Path("board.json"))
+    parser.add_argument("--output", type=Path, default=Path("board.json"), help="the record")
     given = parser.parse_args()
     if given.threads < 0 or given.repeats < 1:
         parser.error("--threads must be 0 or more and --repeats 1 or more")

@@ -50,9 +50,7 @@ class People:
             if not new:
                 raise TotemError(f"{path} does not exist: nobody is enrolled")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        with suppress(OSError):  # it is another user's
-            path.chmod(0o600)  # its owner's alone, and so is SQLite's journal
+            path.touch(0o600)  # its owner's alone, and so is SQLite's journal
         wanted = [column.split()[0] for column in cls.COLUMNS]
         try:
             with closing(sqlite3.connect(path.absolute(), timeout=WAIT)) as database:
@@ -67,6 +65,9 @@ class People:
                     found = wanted
                 if [state, *found] != ["ok", *wanted]:
                     raise sqlite3.DatabaseError(f"{state}; columns: {', '.join(found)}")
+                with suppress(OSError):  # it is another user's
+                    path.chmod(path.stat().st_mode & 0o700)  # as the first version did not
+                database.execute("PRAGMA journal_mode = DELETE")  # a WAL keeps what is removed
                 yield cls(path, database)
         except sqlite3.Error as error:
             busy = isinstance(error, sqlite3.OperationalError)
