@@ -285,8 +285,7 @@ def test_verify_trains_a_published_run_again_and_finds_a_changed_digit(tmp_path,
     setting = {"dataset": "digits", "validation": 1000, "batch_size": 100, "stem": "imagenet"}
     setting |= {"epochs": 2, "milestones": [1], "lr": 0.02, "network": "resnet10", "seed": 0}
     setting["augmentation"] = "flips"
-    taught = {"teacher_network": "resnet10", "snapshot": 1, "kd_epochs": 1}
-    taught |= {"teacher_augmentation": "flips", "teacher_lr": 0.02}
+    taught = {"teacher_network": "resnet10", "recipe": {}, "snapshot": 1, "kd_epochs": 1}
     names["student"](temperature=4.0, alpha=0.9, **taught, **setting)
     sound, changed = sorted(records.publish("eskd"), key=lambda path: "student" in path.name)
     content = json.loads(changed.read_text(encoding="utf-8"))
