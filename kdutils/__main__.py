@@ -112,20 +112,13 @@ def data_list():
     for name, source in data.sources().items():
         here = name == "digits" or (data.folder() / f"{name}.npz").exists()
         print(f"{name:10} {'here' if here else 'absent':7} {source['title']}")
-
-
-Size = Annotated[int, typer.Option(min=8, help="Height and width in pixels, where it is free.")]
+    print(f"their folder ($KDUTILS_DATA, else the user's cache): {data.folder()}")
 
 
 @data_app.command("get")
-def data_get(
-    name: Annotated[str, typer.Argument(help="cifar10, cifar100 or oxford-pets.")],
-    size: Size = 224,
-):
+def data_get(name: Annotated[str, typer.Argument(help="cifar10 or cifar100.")]):
     """Download a dataset through torchvision, check it, and keep it as one .npz file."""
-    if name == "oxford-pets":
-        _say(*pictures.pets(name, size))
-    elif "how" in data.sources().get(name, {}):
+    if "how" in data.sources().get(name, {}):
         raise data.DataError(f"{name} cannot be downloaded: {data.sources()[name]['how']}")
     else:
         print(data.get(name))
@@ -134,20 +127,11 @@ def data_get(
 @data_app.command("import")
 def data_import(
     path: Annotated[Path, typer.Argument(help="A folder or zip archive of cats and dogs.")],
-    size: Size = 224,
+    size: Annotated[int, typer.Option(min=8, help="Height and width in pixels.")] = 224,
 ):
     """Decode Kaggle's Dogs vs. Cats once, and keep it as dogs-vs-cats.npz."""
-    _say(*pictures.collect("dogs-vs-cats", path, size))
-
-
-def _say(path: Path, skipped: list[str]) -> None:
+    path, skipped = pictures.collect("dogs-vs-cats", path, size)
     print(*map("skipped {}".format, skipped), f"{len(skipped)} pictures skipped", path, sep="\n")
-
-
-@data_app.command("where")
-def data_where():
-    """The folder that holds the datasets ($KDUTILS_DATA, else the user's cache)."""
-    print(data.folder())
 
 
 @app.command()

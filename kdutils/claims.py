@@ -262,21 +262,18 @@ def table(rows: list[dict]) -> str:
     def cells(row):
         (factor, _, unit), word = UNITS[row["unit"]], row["verdict"] or "no verdict"
         bounds = [f"{factor * row[k]:g}" for k in ("bound", "upper") if row[k] is not None]
-        rule = f"{row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g}{unit}"
+        rule = f"<br>({row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g}{unit})"
         whose = "ours: " * row["source"].startswith("ours")  # the paper does not say it
         badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
+        part = f"<br>({escape(row['part'])})" * bool(row["part"])
         effect = "–" if row["paper"] is None else said(row["paper"], row["unit"])
         effect += "<br>(excluded)" * bool(row["effect_excluded"])
         needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
-        return {
-            "claim": f"{row['id']}<br>{badge}",
-            "what it says": f"{whose}{escape(row['statement'])}<br>({rule})",
-            "the paper's": effect,
-            "ours (95 %)": (said_with_interval(row) if row["mean"] is not None else "–")
-            + f"<br>({escape(row['part'])})" * bool(row["part"]),
-            "seeds": f"{row['found']} of {row['seeds']}{needed}",
-            "Holm": {True: "yes", False: "no", None: "–"}[row["holm"]],
-        }
+        ours = said_with_interval(row) if row["mean"] is not None else "–"
+        says = whose + escape(row["statement"]) + rule
+        of = {"claim": f"{row['id']}<br>{badge}", "what it says": says, "the paper's": effect}
+        of |= {"ours (95 %)": ours + part, "seeds": f"{row['found']} of {row['seeds']}{needed}"}
+        return of | {"Holm": {True: "yes", False: "no", None: "–"}[row["holm"]]}
 
     frame = pd.DataFrame(map(cells, rows)).set_index("claim").rename_axis(None)
     html = frame.to_html(border=0, classes="claims", justify="left", escape=False)

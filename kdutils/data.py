@@ -308,48 +308,6 @@ def whole(images: np.ndarray, labels: np.ndarray, *, statistics, device="cpu") -
     return Batches(images, labels, statistics=statistics, device=device, **options)
 
 
-class Shifted(Batches):
-    """Batches whose pictures are shifted down and right, and flipped; nearest pixels fill the gaps.
-
-    Shifts are whole pixels, uniform up to ``shift`` (0 to 1) of the size in each direction, back or
-    forth; flips are as in :class:`Batches`, before the shift. What is said there of views holds.
-    Nothing but the pictures is kept in memory, whatever their size.
-    """
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, *, shift: float, flip=True, **rest):
-        if not 0 <= shift <= 1:
-            raise ValueError(f"shift is {shift}; it must lie between 0 and 1")
-        super().__init__(images, labels, pad=0, flip=False, **rest)
-        self.flip, self.pad = flip, int(shift * images.shape[1] + 1e-9)  # 0.29 · 100 is below 29
-        self.windows = _Shifts(self.windows[0, :, 0, 0], self.pad)
-
-    def identity(self) -> str:
-        return f"{super().identity()} filled with the nearest pixels"
-
-
-class _Shifts:
-    """What :class:`Batches` reads windows from, made a batch at a time."""
-
-    def __init__(self, images, reach: int):
-        self.images, self.reach = images, reach  # (N, H, W * 3)
-
-    def __getitem__(self, views):
-        import torch
-
-        flipped, index, down, right = views
-        size, reach = self.images.shape[1], self.reach
-        lines = torch.arange(-reach, size - reach, device=down.device) + down[:, None]
-        picked = self.images[index[:, None], lines.clamp(0, size - 1)].unflatten(2, (size, 3))
-        picked = torch.where(flipped.bool()[:, None, None, None], picked.flip(2), picked)
-        left, end = (picked[:, :, at : at + 1].expand(-1, -1, reach, -1) for at in (0, size - 1))
-        wide = torch.cat([left, picked, end], 2)
-        side = size + 2 * reach
-        windows = wide.as_strided(
-            (len(index), 2 * reach + 1, size, size * 3), (size * side * 3, 3, side * 3, 1)
-        )
-        return windows[torch.arange(len(index), device=right.device), right]
-
-
 class Parts(NamedTuple):
     """The three parts of a dataset, as batches: to train on, to choose by, to report."""
 
@@ -369,26 +327,6 @@ def parts(name: str, *, validation: int, batch_size: int, seed: int, device="cpu
         whole(x[held], y[held], **common),
         whole(dataset.x_test, dataset.y_test, **common),
     )
-
-
-def thirds(labels: np.ndarray, seed: int) -> list[np.ndarray]:
-    """Indices of 70, 15 and 15 % of each class, drawn by ``seed``: train, validation, test.
-
-    Sorted, disjoint, and the same on every machine. Raises :class:`DataError` where a class has
-    too few pictures for every part to get one.
-    """
-    order = np.argsort(_random(seed, 0, 0, len(labels)), kind="stable")
-    found = [[], [], []]
-    for label in np.unique(labels):
-        members = order[labels[order] == label]
-        n = len(members)
-        if n < 7:
-            raise DataError(
-                f"class {label} has {n} pictures; at least 7 are needed for three parts"
-            )
-        for part, drawn in zip(found, np.split(members, [n * 7 // 10, n * 17 // 20]), strict=True):
-            part.append(drawn)
-    return [np.sort(np.concatenate(part)) for part in found]
 
 
 def _random(seed: int, epoch: int, stream: int, n: int) -> np.ndarray:

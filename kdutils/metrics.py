@@ -44,35 +44,6 @@ def fidelity(student, teacher) -> dict[str, float]:
     return {"agreement": float(same.float().mean()), "kl": float(kl)}
 
 
-def binary(logits, labels) -> dict[str, float]:
-    """Accuracy, cross-entropy (nats) and uncertainty of a network with one output.
-
-    ``logits`` (N,) are the second class's, ``labels`` (N,) any numbers from 0 to 1. Accuracy is the
-    share of pictures where label and probability are on the same side of 0.5, with 0.5 itself
-    counted as below (Biryukova 2020, eq. 11 and 12); cross-entropy is eq. 2.
-    Raises ValueError naming a label that is not from 0 to 1.
-    """
-    logits, labels = logits.double(), labels.double()
-    wrong = labels[~((labels >= 0) & (labels <= 1))]
-    if len(wrong):
-        raise ValueError(f"a label is {float(wrong[0]):g}; labels must lie between 0 and 1")
-    probabilities = logits.sigmoid()
-    return {
-        "accuracy": float(((probabilities > 0.5) == (labels > 0.5)).double().mean()),
-        "loss": float(F.binary_cross_entropy_with_logits(logits, labels)),
-        "uncertainty": uncertainty(probabilities),
-    }
-
-
-def uncertainty(probabilities) -> float:
-    """Mean (p − [p > 0.5])² of probabilities (N,): how far from sure (Biryukova 2020, eq. 15).
-
-    From 0 (all are 0 or 1) to 0.25 (all are 0.5). It asks nothing of being right.
-    """
-    answers = (probabilities > 0.5).to(probabilities)
-    return float((probabilities - answers).square().mean())
-
-
 def class_similarity(features, labels) -> np.ndarray:
     """Cosines (C, C) between class centres, measured from the centres' mean.
 

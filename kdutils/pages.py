@@ -89,11 +89,9 @@ def provenance(study: Study):
     )
     register = records.register(study.name)
     before = sum(one.get("register") == register for one in made)
-    where = Counter(
-        f"{one['processor'] if one['device'] == 'cpu' else one['device']}, "
-        f"torch {one['versions']['torch']}, {one['precision']}, threads {one['threads']}"
-        for one in made
-    )
+    text = "{0}, torch {versions[torch]}, {precision}, threads {threads}"
+    chips = [one["processor" if one["device"] == "cpu" else "device"] for one in made]
+    where = Counter(text.format(chip, **one) for chip, one in zip(chips, made, strict=True))
     commits = Counter(one["commit"][:12] for one in made)
     lines = [
         f"**Runs** {len(made)}, {sum(one['seconds'] for one in made) / 3600:.1f} hours: {listed}.",
@@ -111,8 +109,7 @@ def say(rows: list[dict], named: dict[str, str]):
     """Judged claims as a list, a sentence a claim: the word, the numbers, what was asked."""
     from IPython.display import Markdown
 
-    by_id = {row["id"]: row for row in rows}
-    lines = []
+    by_id, lines = {row["id"]: row for row in rows}, []
     for name, question in named.items():
         row = by_id[name]
         weakest = f"; decided by *{row['part']}*" if row["part"] and row["verdict"] else ""

@@ -161,9 +161,9 @@ def _sentence(errors: list[dict], known: list[str]) -> str:
     if not first["loc"]:  # a check of several parameters at once: it says which
         return problem
     name = first["loc"][0]
-    if first["type"] == "extra_forbidden":
+    if first["type"] == "extra_forbidden" and len(first["loc"]) == 1:
         return unknown(name, known)
     if first["type"] == "missing":
         return f"parameter {name!r} is missing."
-    place = "".join(f"[{part}]" for part in first["loc"][1:] if isinstance(part, int))
+    place = "".join(f"[{part!r}]" for part in first["loc"][1:])
     return f"parameter {name}{place} is {first['input']!r}: {problem[0].lower() + problem[1:]}."

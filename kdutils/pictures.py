@@ -1,9 +1,8 @@
-"""Pictures of two classes: brought in once from a folder, an archive or torchvision, and read."""
+"""Pictures of two classes: brought in once from a folder or an archive, and read."""
 
 import hashlib
 import io
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -101,28 +100,6 @@ def collect(name: str, path: Path, size: int) -> tuple[Path, list[str]]:
         return Image.open(io.BytesIO(content)), kind
 
     return _write(name, str(path), size, [entry for entry, _ in found], decode)
-
-
-def pets(name: str, size: int) -> tuple[Path, list[str]]:
-    """Download Oxford-IIIT Pet through torchvision and keep its cats and dogs as :func:`collect`.
-
-    Both of its splits go together; the study draws its own.
-    """
-    from torch.utils.data import ConcatDataset
-
-    from kdutils._torchvision import torchvision
-
-    with tempfile.TemporaryDirectory() as scratch:
-        options = {"target_types": "binary-category", "download": True}
-        try:
-            both = ConcatDataset(
-                torchvision.datasets.OxfordIIITPet(scratch, split=split, **options)
-                for split in ("trainval", "test")
-            )
-        except (OSError, RuntimeError) as error:
-            raise DataError(f"could not download {name} ({error}): check the network") from None
-        called = [f"picture {i}" for i in range(len(both))]
-        return _write(name, name, size, called, both.__getitem__)
 
 
 def as_viewed(picture: "Image.Image") -> "Image.Image":  # noqa: F821

@@ -23,7 +23,7 @@ from kdutils import data, files
 PROJECT = Path(__file__).parent.parent
 SOURCE_ROOMS = ("centres", "data", "losses", "metrics", "models", "pictures", "train")
 PACKAGE = "concierge"  # rooms that lie in a folder of their own
-WHOLE_ROOMS = ("recordings", "scenes")  # its, counted whole, and only where the room is named
+WHOLE_ROOMS = ("deciding", "rates", "recordings", "scenes")  # its, whole, where the room is named
 CONSTANTS = (bool, int, float, str, tuple, list, dict, np.ndarray)  # of a notebook, hashed by value
 VERSIONS = ("lightning-fabric", "numpy", "torch", "torchmetrics", "torchvision")
 
@@ -125,12 +125,8 @@ def made_with(described: dict) -> dict:
     Python itself decides none, so :func:`compare` leaves it out; but an interrupted run does not go
     on in another.
     """
-    return {
-        **described,
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-    }
+    found = described | {"processor": _processor(), "python": platform.python_version()}
+    return found | {"versions": {name: importlib.metadata.version(name) for name in VERSIONS}}
 
 
 def peak_memory_mb() -> int:

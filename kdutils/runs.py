@@ -266,11 +266,10 @@ class RunFunction:
         every = sorted(folder.glob("*.safetensors"))
         kept = [p for p in every if not p.name.startswith(("outputs-", "state."))]
         wall = time.perf_counter() - started
-        history = results.get("history", [])
         content["results"] = results
         content["weights"] = {path.name: files.sha256(path) for path in kept}
-        seconds = round(sum(r.get("seconds", 0) for r in history) or wall, 1)
-        made = {"begun": begun.isoformat(timespec="seconds"), "seconds": seconds}
+        epochs = sum(row.get("seconds", 0) for row in results.get("history", []))
+        made = {"begun": begun.isoformat(timespec="seconds"), "seconds": round(epochs or wall, 1)}
         made |= {"peak_memory_mb": records.peak_memory_mb(), "workers": self.study.sharing}
         made |= made_with | {"commit": self.study.commit, "register": self.study.register}
         content["made"] = made | {"data": records.data_named_in(bound)}
@@ -280,7 +279,6 @@ class RunFunction:
 
 
 def _failure(record: Record) -> str:
-    return (
-        f"run {record.content['key']} ({record.content['run']} {record.arguments}) failed: "
-        f"{record.results['error']}; change its arguments, or delete {record.folder} to try again"
-    )
+    what = f"{record.content['key']} ({record.content['run']} {record.arguments})"
+    what_now = f"change its arguments, or delete {record.folder} to try again"
+    return f"run {what} failed: {record.results['error']}; {what_now}"

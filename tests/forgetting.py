@@ -1,4 +1,4 @@
-"""Forgetting, measured: random sequences of enrolling, forgetting and SIGKILL, and what is left.
+"""Forgetting, measured: random sequences of enrolling, adding, forgetting and SIGKILL.
 
     python tests/forgetting.py --sequences 1000
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kdutils.concierge.program import People, TotemError
+from kdutils.concierge.people import People, TotemError, unit
 
 NAMES, WIDTH, STEPS = ("Ada Lovelace", "Boleslaw", "Żaneta"), 32, 8
 PIECE = 8  # bytes, two numbers: shorter ones would be found by chance
@@ -41,10 +41,10 @@ def holding(pieces: list[bytes], folder: Path) -> str:
     return ""
 
 
-def step(path: Path, name: str, embedding: np.ndarray | None) -> None:
-    """Enrol somebody, or forget them where no embedding is given, as a command does."""
+def step(path: Path, name: str, embedding: np.ndarray | None, more: bool) -> None:
+    """Enrol or add, or forget where no embedding is given, as a command does."""
     with People.opened(path, new=True) as people:
-        people.remove(name) if embedding is None else people.add(name, embedding, "m")
+        people.remove(name) if embedding is None else people.add(name, embedding, "m", more=more)
 
 
 def in_a_process(told, kill_after: float | None) -> bool:
@@ -66,15 +66,16 @@ def in_a_process(told, kill_after: float | None) -> bool:
 def sequence(folder: Path, seed: int) -> tuple[Counter, list[str]]:
     """Do one random sequence in an empty folder: what was done, and a sentence for each fault."""
     draw, path = random.Random(seed), folder / "people.sqlite3"
-    done, faults, made, gone, known = Counter(), [], [], [], {}
+    done, faults, made, gone, known, clips = Counter(), [], [], [], {}, {}
     for at in range(STEPS):
         name = draw.choice(NAMES)
         new = np.random.default_rng([seed, at]).random(WIDTH, "f4") if draw.random() < 0.6 else None
-        made += [] if new is None else [new]
-        ended = in_a_process(
-            (path, name, new), draw.random() * 0.008 if draw.random() < 0.5 else None
-        )
-        if ended and new is None and name in known:
+        more = new is not None and draw.random() < (0.8 if name in known else 0.2)
+        kill_after = draw.random() * 0.008 if draw.random() < 0.5 else None
+        wanted = after(known, clips, name, new, more)
+        made += [one for one in (new, wanted.get(name)) if one is not None]
+        ended = in_a_process((path, name, new, more), kill_after)
+        if ended and name in known and not same(known[name], wanted.get(name)):
             gone.append(known[name])
         done["journals left"] += path.with_name(f"{path.name}-journal").exists()
         faults += [
@@ -84,19 +85,16 @@ def sequence(folder: Path, seed: int) -> tuple[Counter, list[str]]:
         ]
         with People.opened(path, new=True) as people:
             names, gallery = people.gallery("m", WIDTH)
+            clips = dict(people.database.execute("SELECT name, clips FROM people"))
         there = dict(zip(names, gallery, strict=True))
-        wanted = dict(known)
-        if ended and new is None:
-            wanted.pop(name, None)
-        elif ended:
-            wanted.setdefault(name, new)
+        wanted = wanted if ended else known
         differ = {n for n in there.keys() | wanted if not same(there.get(n), wanted.get(n))}
         if (ended and differ) or differ - {name}:
             faults.append(f"seed {seed}, step {at}: {', '.join(sorted(differ))} changed")
-        step_done = (
-            "enrolled" if there.keys() - known else "forgotten" if known.keys() - there else ""
-        )
-        done[step_done or "without effect"] += 1
+        before, now = known.get(name), there.get(name)
+        kinds = {(False, True): "enrolled", (True, False): "forgotten", (True, True): "added to"}
+        kind = kinds.get((before is not None, now is not None))
+        done["without effect" if same(before, now) else kind] += 1
         done["killed"] += not ended
         kept = {one.tobytes() for one in there.values()}
         nobody = [one for one in made if one.tobytes() not in kept]
@@ -105,6 +103,15 @@ def sequence(folder: Path, seed: int) -> tuple[Counter, list[str]]:
         faults += [f"seed {seed}, step {at}: of nobody who is enrolled, in {f}" for f in left if f]
         known = there
     return done, faults
+
+
+def after(known: dict, clips: dict, name: str, new, more: bool) -> dict:
+    """Who is enrolled, by what, once a step has ended."""
+    if new is None:
+        return {one: kept for one, kept in known.items() if one != name}
+    if more and name in known:
+        return known | {name: unit(clips[name] * known[name] + new).astype("<f4")}
+    return known | ({name: new} if not more and name not in known else {})
 
 
 def same(one: np.ndarray | None, other: np.ndarray | None) -> bool:

@@ -65,13 +65,69 @@ def test_a_judged_seed_is_no_calibration_seed(names):
         names["Setting"].check(given)
 
 
-def test_the_sharp_teacher_differs_in_its_views_alone(names):
+def test_the_sharp_teacher_is_another_one_and_its_students_see_what_it_has_seen(names):
     p = names["p"]
-    assert p.sharp != p.augmentation
+    assert p.sharp_recipe["augmentation"] != p.augmentation
     key = names["teacher"].key
     s = {"dataset": "cifar10", "augmentation": p.augmentation}
     common = {"network": "resnet18", "seed": 0}
-    assert key(common | s) != key(common | s | {"augmentation": p.sharp})
+    assert key(common | s) != key(common | s | p.sharp_recipe)
+    pupils = notebooks.procedure("eskd", {"train_missing": False}, ("runs",))["sharpened"]
+    assert pupils["augmentation"] == p.sharp_recipe["augmentation"]
+    assert pupils["recipe"] == p.sharp_recipe
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"second_recipe": {"rate": 0.1}},
+            r"second_recipe\['rate'\] is 0.1: extra inputs are not permitted",
+        ),
+        ({"sharp_recipe": {"epochs": 3}}, "a recipe's epochs must be 10 or more: all snapshots"),
+        ({"sharp_recipe": {"milestones": [3, 2]}}, "its values must rise"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(names, changed, said):
+    with pytest.raises(parameters.ParameterError, match=said):
+        names["Setting"].check(names["p"].model_dump() | changed)
+
+
+PENDING = {"resnet18", "resnet34"}  # teachers of whose recipes not all have run
+
+
+def test_every_teacher_is_trained_by_the_recipe_that_came_nearest_to_the_papers():
+    found = notebooks.procedure("eskd", {"train_missing": False}, ("runs",))
+    tried, p, pending = found["calibrated"], found["p"], set()
+    for name, paper in zip(p.teachers, (0.7848, 0.8041), strict=True):
+        wanted = [of for of in found["tried"].values() if of["network"] == name]
+        wanted = [found["labels_only"].key(of) for of in wanted if of["epochs"] == p.epochs]
+        rows = results.rows_of(tried, key=wanted, epoch=p.epochs)
+        if len(rows) < len(wanted):
+            pending.add(name)
+            continue
+        nearest = rows.loc[(rows.test_accuracy - paper).abs().idxmin()]
+        taken = found["setting"] | found["recipes"][name]
+        for varied in ("augmentation", "batch_size", "lr", "milestones"):
+            assert nearest[varied] == taken[varied], (name, varied)
+    assert pending == PENDING
+
+
+def test_falls_are_what_a_curve_loses_in_sum(names):
+    assert names["falls"]([0.1, 0.3, 0.2, 0.25, 0.2]) == pytest.approx(0.15)
+    assert names["falls"]([0.1, 0.1, 0.4]) == 0
+
+
+def test_what_a_student_is_told_is_measured_at_its_temperature(names):
+    z = torch.tensor(
+        [[[0.0, 0.0], [0.0, 3.0]], [[0.0, 0.0], [3.0, 0.0]]]
+    )  # two epochs, two pictures
+    found = names["told"](z, torch.tensor([0, 1]), 3.0)
+    sure = 1 / (1 + np.exp(-1))
+    assert found["confidence"] == pytest.approx((0.5 + sure) / 2)
+    assert found["accuracy"] == pytest.approx(0.75)  # a tie counts for the first class
+    each = [stats.entropy([0.5, 0.5]), stats.entropy([sure, 1 - sure])]
+    assert found["entropy"] == pytest.approx(np.mean(each), rel=1e-5)
 
 
 # Views

@@ -12,12 +12,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kdutils.concierge.program import People, TotemError
+from kdutils.concierge.people import People, TotemError, unit
 
 HERE = Path(__file__).parent
 FORGETFUL = """
 import sys
-from kdutils.concierge.program import People
+from kdutils.concierge.people import People
 import forgetting
 
 def remove(self, name):
@@ -63,6 +63,25 @@ class Device(RuleBasedStateMachine):
                 people.add(name, new, "m")
                 self.known[name] = new
         self.made.append(new)
+
+    @rule(name=st.sampled_from(forgetting.NAMES), clips=st.integers(1, 5))
+    def add(self, name, clips):
+        width = len(self.known.get(name, [0] * 8))
+        new = np.random.default_rng(len(self.made)).random(width, "f4")
+        with People.opened(self.path, new=True) as people:
+            if name in self.known:
+                people.add(name, new, "m", clips, more=True)
+                (kept,) = people.database.execute(
+                    "SELECT embedding FROM people WHERE name = ?", [name]
+                ).fetchone()
+                self.made.append(self.known[name])
+                self.known[name] = np.frombuffer(kept, "<f4")
+                toward = unit(self.made[-1]) @ self.known[name], unit(new) @ self.known[name]
+                assert min(toward) > 0.5  # between the two
+            else:
+                with pytest.raises(TotemError, match="is not enrolled"):
+                    people.add(name, new, "m", clips, more=True)
+        self.made += [new, *([self.known[name]] if name in self.known else [])]
 
     @rule(name=st.sampled_from(forgetting.NAMES))
     def forget(self, name):

@@ -318,7 +318,7 @@ def test_kdutils_stays_small():
     assert {room: count for room, count in lines.items() if count > 300} == {}
     assert sum(lines.values()) <= 3900
     # The goal is 2,600; until then it may not grow.
-    assert sum(n for room, n in lines.items() if not room.startswith("concierge/")) <= 2972
+    assert sum(n for room, n in lines.items() if not room.startswith("concierge/")) <= 2880
 
 
 def imported(source: str) -> set[str]:
@@ -334,7 +334,13 @@ CONCIERGE = {
     "__init__": (),
     "__main__": ("concierge.board", "concierge.program"),
     "board": (),
-    "program": ("concierge.board", "concierge.recordings", "files", "records"),
+    "deciding": ("concierge.people",),
+    "people": (),
+    "program": (
+        *("concierge.board", "concierge.deciding", "concierge.people", "concierge.recordings"),
+        *("files", "records"),
+    ),
+    "rates": ("concierge.deciding", "concierge.people"),
     "recordings": ("concierge.scenes", "data", "files", "pictures"),
     "scenes": (),
 }

@@ -61,9 +61,10 @@ def test_smoke_trains_everything_without_a_network(study, tmp_path):
         assert row["scale"] == "smoke"
         assert set(row["parts"]) == set(registered[row["id"]].rules)
         for name, part in row["parts"].items():
-            # A rank correlation in each quarter of the settings and a partial one over three
-            # strangers need more than smoke has.
-            absent = {"vid-7 matters", "geometry-14"}
+            # A rank correlation in each quarter of the settings, a partial one over three strangers
+            # and ten people who are enrolled need more than smoke has.
+            absent = {"vid-7 matters", "geometry-14", "concierge-10"}
+            absent |= {f"concierge-9 {n} enrolled" for n in (10, 40, 80)}
             assert part["values"] or f"{row['id']} {name}".strip() in absent, row["id"]
             assert all(map(math.isfinite, part["values"].values()))
 
@@ -284,8 +285,7 @@ def test_verify_trains_a_published_run_again_and_finds_a_changed_digit(tmp_path,
     setting = {"dataset": "digits", "validation": 1000, "batch_size": 100, "stem": "imagenet"}
     setting |= {"epochs": 2, "milestones": [1], "lr": 0.02, "network": "resnet10", "seed": 0}
     setting["augmentation"] = "flips"
-    taught = {"teacher_network": "resnet10", "snapshot": 1, "kd_epochs": 1}
-    taught |= {"teacher_augmentation": "flips", "teacher_lr": 0.02}
+    taught = {"teacher_network": "resnet10", "recipe": {}, "snapshot": 1, "kd_epochs": 1}
     names["student"](temperature=4.0, alpha=0.9, **taught, **setting)
     sound, changed = sorted(records.publish("eskd"), key=lambda path: "student" in path.name)
     content = json.loads(changed.read_text(encoding="utf-8"))

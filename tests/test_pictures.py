@@ -1,4 +1,4 @@
-"""Pictures brought in: from folders, archives and torchvision; what is broken is named."""
+"""Pictures brought in: from folders and archives; what is broken is named."""
 
 import io
 import struct
@@ -12,7 +12,6 @@ import pytest
 from PIL import Image
 
 from kdutils import data, pictures, records
-from kdutils._torchvision import torchvision
 
 ROOT = Path(__file__).parent.parent
 
@@ -347,50 +346,6 @@ def test_absent_data_and_unknown_classes_are_named(own_folders):
 
 def test_a_record_can_name_data_without_a_stated_fingerprint():
     assert records.data_named_in({"dataset": "dogs-vs-cats"}) == {"dogs-vs-cats": {}}
-
-
-@pytest.fixture
-def pets(tmp_path, monkeypatch):
-    """A small Oxford-IIIT Pet as torchvision unpacks it; nothing is downloaded."""
-
-    def unpacked(root):
-        base = Path(root) / "oxford-iiit-pet"
-        (base / "images").mkdir(parents=True)
-        (base / "annotations" / "trimaps").mkdir(parents=True)
-        for split, seeds in (("trainval", (0, 1, 2)), ("test", (3, 4))):
-            lines = []
-            for k in seeds:
-                name = f"{'Abyssinian' if k % 2 == 0 else 'beagle'}_{k}"
-                (base / "images" / f"{name}.jpg").write_bytes(encoded(drawn(k), "PNG"))
-                lines.append(f"{name} {1 + k % 2} {1 + k % 2} 1\n")
-            (base / "annotations" / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
-
-    of = torchvision.datasets.OxfordIIITPet
-    monkeypatch.setattr(
-        of, "_download", lambda self: self._check_exists() or unpacked(self._base_folder.parent)
-    )
-    return unpacked
-
-
-def test_oxford_pets_come_through_torchvision(pets, own_folders):
-    _, skipped = pictures.pets("oxford-pets", 16)
-    assert skipped == []
-    assert [file.name for file in own_folders.iterdir()] == ["oxford-pets.npz"]
-    both = pictures.pair("oxford-pets", ("cat", "dog"))
-    assert both.labels.tolist() == [0, 1, 0, 1, 0]
-    for k in range(5):
-        expected = drawn(k).resize((16, 16), Image.Resampling.NEAREST)
-        np.testing.assert_array_equal(both.images[k], np.asarray(expected))
-
-
-def test_oxford_pets_without_a_network_say_what_helps(monkeypatch, own_folders):
-    def absent(self):
-        raise OSError("Network is unreachable")
-
-    monkeypatch.setattr(torchvision.datasets.OxfordIIITPet, "_download", absent)
-    with pytest.raises(data.DataError, match=r"could not download oxford-pets .*network"):
-        pictures.pets("oxford-pets", 16)
-    assert not own_folders.exists()
 
 
 def test_the_command_line_imports_and_says_what_it_skipped(folder, own_folders):

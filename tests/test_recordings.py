@@ -139,7 +139,10 @@ def test_plain_batches_are_the_clips(small):
 # Folders
 
 
-def folder(path, people=(("Żaneta", 1), ("Jan", 1), ("Eve", 0), ("Bo", 0)), clips=3, frames=3):
+PEOPLE = (("Żaneta", 1), ("Jan", 1), ("Eve", 0), ("Bo", 0), ("Ivo", 0), ("Ola", 0))
+
+
+def folder(path, people=PEOPLE, clips=3, frames=3):
     """A sound folder of recordings; returns its rows."""
     rows = []
     for k, (name, registered) in enumerate(people):
@@ -172,13 +175,13 @@ def read(path):
 def test_a_sound_folder_is_read_whole(tmp_path):
     folder(tmp_path)
     found = read(tmp_path)
-    assert sum(len(part.clips) for part in found[:3]) == 12
+    assert sum(len(part.clips) for part in found[:3]) == 18
     assert (found.registered, found.known) == (2, 2)
     assert found.train.registered.all()
     assert set(found.train.people.tolist()) == {0, 1}
     for part in (found.validation, found.test):
         assert set(part.people[part.registered].tolist()) == {0, 1}
-        assert (~part.registered).sum() == 3
+        assert (~part.registered).sum() == 6
     assert found.fingerprint() == read(tmp_path).fingerprint()
 
 
@@ -246,9 +249,10 @@ def not_utf8(path, rows):
     (path / "labels.csv").write_bytes(content.encode("iso-8859-2"))
 
 
-def semicolons(path, rows):
+def written(path, between, first=""):
+    """As spreadsheets write the table in some countries."""
     content = (path / "labels.csv").read_text(encoding="utf-8")
-    (path / "labels.csv").write_text(content.replace(",", ";"), encoding="utf-8")
+    (path / "labels.csv").write_text(first + content.replace(",", between), encoding="utf-8")
 
 
 def twice(path, rows):
@@ -304,11 +308,22 @@ FAULTS = {
     ),
     "a camera's names": (renamed, r"line 6, .*it has 0 frames \(frame_\*\.png, .* are asked for"),
     "sound alone": (sound_alone, r"line 6, .*c1\.mp4 cannot be read \(it holds no pictures\)"),
-    "one clip": (one_clip, r"'Jan/c0': number of clips is 1; a registered person needs 3"),
-    "no strangers": (no_strangers, r"has 2 registered people and 0 others; 2 of each"),
+    "one clip": (one_clip, r"'Jan/c0': number of clips is 1; everybody needs 3"),
+    "no strangers": (no_strangers, r"has 2 registered people and 0 others; 2 and 4"),
     "not UTF-8": (not_utf8, r"labels\.csv was not read .*; it must be UTF-8"),
-    "semicolons": (semicolons, r"labels\.csv was not read .*; it must be .* separated by commas"),
-    "twice": (twice, r"line 14, clip 'Jan/c1': .*it must have one line alone"),
+    "tabs": (
+        lambda path, rows: written(path, "\t"),
+        r"labels\.csv was not read .*; it must be .* separated by commas",
+    ),
+    "sep=": (
+        lambda path, rows: written(path, ",", "sep=,\n"),
+        r"labels\.csv was not read .*; it must be .* have the columns clip, emotion",
+    ),
+    "semicolons": (
+        lambda path, rows: written(path, ";"),
+        r"labels\.csv was not read .*; it must be .* separated by commas",
+    ),
+    "twice": (twice, r"line 20, clip 'Jan/c1': .*it must have one line alone"),
     "a field too many": (longer, r"labels\.csv was not read .*line 6.*; it must "),
     "a field too few": (shorter, r"line 6, clip 'Jan/c1': registered is ''; it must be 0 or 1"),
     "no rows": (lambda path, rows: write(path, []), r"labels\.csv has 0 registered people and 0 "),

@@ -51,7 +51,7 @@ def test_the_box_lies_in_the_picture_and_has_the_size_of_a_head(seed, index, emo
 def test_the_box_is_where_the_head_was_drawn(monkeypatch):
     """Without clutter, light and noise, skin and hair fill the box and little lies outside it."""
     monkeypatch.setattr(
-        scenes, "_background", lambda canvas, take: [c.fill(0) for c in canvas.colours]
+        scenes, "_background", lambda canvas, take, shoulders: [c.fill(0) for c in canvas.colours]
     )
     monkeypatch.setattr(scenes._Canvas, "finish", lambda canvas, take: None)
     for k in range(12):
@@ -118,7 +118,7 @@ def test_a_person_is_the_same_in_every_clip_and_people_differ(monkeypatch):
     [([], 3, 8, 64), ([1], 0, 8, 64), ([1], 3, 1, 64), ([1], 3, 8, 15)],
 )
 def test_too_little_to_draw_is_refused_in_one_sentence(identities, n, frames, size):
-    with pytest.raises(ValueError, match="at least one person, one clip, 2 frames and 16 pixels"):
+    with pytest.raises(ValueError, match="one person, one clip, 2 frames, 16 pixels are the least"):
         scenes.draw(identities, n, seed=0, frames=frames, size=size)
 
 
@@ -139,3 +139,16 @@ def test_play_decides_how_hard_clips_are():
         for k in range(40)
     ]
     assert min(apex) >= 0.5
+
+
+def test_a_room_without_anybody_has_no_head_and_no_shoulders(monkeypatch):
+    drawn, head = [], scenes._head
+    monkeypatch.setattr(scenes, "_head", lambda *a: drawn.append("head") or head(*a))
+    options = {"seed": 4, "index": 2, "frames": 3, "size": 48}
+    room, box = scenes.clip(scenes.NOBODY, 3, **options)
+    assert not drawn
+    assert room.shape == (3, 48, 48, 3)
+    assert (box > 0).all()
+    assert room.std() > 5  # it is a room
+    scenes.clip(5, 3, **options)
+    assert drawn == ["head"]

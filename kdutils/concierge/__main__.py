@@ -5,6 +5,7 @@ import sys
 from kdutils.concierge.board import EngineError
 from kdutils.concierge.program import TotemError, app
 
+sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without our letters
 try:
     app()
 except (EngineError, TotemError, OSError) as error:

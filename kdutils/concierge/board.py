@@ -2,7 +2,7 @@
 
 Copy this file and a folder of networks to the board, then
 
-    python board.py boards-… --board "Raspberry Pi 4B" --output pi.json
+    python board.py boards --board "Raspberry Pi 4B" --output pi.json
 
 The study's page shows every such file in ``data/records/concierge/boards`` beside the paper's
 tables. It must not import from kdutils, since the board has none of it, and runs on Python 3.8,
@@ -39,8 +39,7 @@ def openvino(path: Path, threads: int) -> tuple[Callable, tuple]:
     import openvino
 
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if threads:
-        options["INFERENCE_NUM_THREADS"] = threads
+    options["INFERENCE_NUM_THREADS"] = threads
     model = openvino.Core().compile_model(str(path), "CPU", options)
     return lambda values: next(iter(model(values).values())), tuple(model.input(0).shape)
 
@@ -132,21 +131,13 @@ def measured(board: str, folders: list[Path], engine: str, threads: int, repeats
         calls[name] = lambda look=look, values=values: look(values)
         digests[name] = digest(path)
         shapes[name] = list(shape)
-    return {
-        "board": board,
-        "measured": time.strftime("%Y-%m-%d", time.gmtime()),
-        "milliseconds": timed(calls, repeats, warm=WARM),
-        "warm": WARM,
-        "repeats": repeats,
-        "threads": threads,
-        "engine": engine,
-        "version": sys.modules[engine].__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "system": platform.platform(),
-        "sha256": digests,
-        "shapes": shapes,
-    }
+    found = {"board": board, "measured": time.strftime("%Y-%m-%d", time.gmtime())}
+    found["milliseconds"] = timed(calls, repeats, warm=WARM)
+    found.update({"warm": WARM, "repeats": repeats, "threads": threads, "engine": engine})
+    found.update({"version": sys.modules[engine].__version__, "python": platform.python_version()})
+    found.update({"machine": platform.machine(), "system": platform.platform()})
+    found.update({"sha256": digests, "shapes": shapes})
+    return found
 
 
 def digest(path: Path) -> str:
@@ -162,7 +153,7 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, default="", help="default: the first found")
     parser.add_argument("--threads", type=int, default=1, help="of the engine; 0: as it likes")
     parser.add_argument("--repeats", type=int, default=200, help="how often each is timed")
-    parser.add_argument("--output", type=Path, default=Path("board.json"))
+    parser.add_argument("--output", type=Path, default=Path("board.json"), help="the record")
     given = parser.parse_args()
     if given.threads < 0 or given.repeats < 1:
         parser.error("--threads must be 0 or more and --repeats 1 or more")

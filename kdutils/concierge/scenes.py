@@ -26,6 +26,7 @@ UNITS = {  # FACS number: how strongly each emotion, in the order above, moves i
     "lip_tight": (23, (0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0)),
     "jaw_drop": (26, (0.0, 0.0, 0.5, 0.2, 0.0, 1.0, 0.0)),
 }
+NOBODY = 2**62  # an identity without a head
 PEOPLE = 2**64 - 1  # the key of all people's draws, which no clip's seed may be
 SKINS = ((0.96, 0.82, 0.72), (0.87, 0.67, 0.52), (0.68, 0.47, 0.34), (0.43, 0.28, 0.20))
 HAIRS = ((0.10, 0.08, 0.07), (0.32, 0.19, 0.11), (0.72, 0.55, 0.28), (0.58, 0.58, 0.60))
@@ -61,9 +62,7 @@ class Scenes(NamedTuple):
     identities: np.ndarray
 
 
-def draw(
-    identities, n: int, *, frames: int = 8, size: int = 64, jobs: int = 1, **options
-) -> Scenes:
+def draw(identities, n: int, *, frames=8, size=64, jobs=1, **options) -> Scenes:
     """``n`` clips of these people, people and emotions in turn, so that all occur equally often.
 
     Clip i depends on (seed, i, its person, its emotion) alone; a person is the same in every clip.
@@ -73,10 +72,8 @@ def draw(
     import joblib
 
     if not len(identities) or n < 1 or frames < 2 or size < 16:
-        raise ValueError(
-            f"identities, n, frames, size are {list(identities)}, {n}, {frames}, {size}: at least "
-            "one person, one clip, 2 frames and 16 pixels are needed"
-        )
+        given = f"identities, n, frames, size are {list(identities)}, {n}, {frames}, {size}"
+        raise ValueError(f"{given}: one person, one clip, 2 frames, 16 pixels are the least")
     people = [int(identities[i % len(identities)]) for i in range(n)]
     feelings = [i // len(identities) % len(EMOTIONS) for i in range(n)]
     options |= {"frames": frames, "size": size}
@@ -87,14 +84,16 @@ def draw(
     return Scenes(np.stack(clips), np.stack(boxes), *labels)
 
 
-def clip(
-    identity: int, emotion: int, *, seed: int, index: int, frames=8, size=64, play: Play = USUAL
-) -> tuple[np.ndarray, np.ndarray]:
-    """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32."""
+def clip(identity: int, emotion: int, *, seed: int, index: int, frames=8, size=64, play=USUAL):
+    """One clip (F, H, W, 3) uint8 and the box of its middle frame (cx, cy, w, h), float32.
+
+    Of the identity :data:`NOBODY` it shows the room; the box is where a head would have been.
+    """
     person, take = _Draws(PEOPLE, identity), _Draws(seed, index)
     canvas = _Canvas(take, person(0.70, 0.92), frames, size, play)
-    _background(canvas, take)
-    _head(canvas, person, _units(emotion, take, frames, play.weakest), take)
+    _background(canvas, take, shoulders=identity != NOBODY)
+    if identity != NOBODY:
+        _head(canvas, person, _units(emotion, take, frames, play.weakest), take)
     canvas.finish(take)
     return canvas.bytes(take), canvas.box(frames // 2)
 
@@ -214,8 +213,8 @@ class _Canvas:
         return np.clip(out, 0, 255).astype(np.uint8)
 
 
-def _background(canvas: _Canvas, take: _Draws) -> None:
-    """Two colours that run into each other, clutter, shoulders."""
+def _background(canvas: _Canvas, take: _Draws, shoulders: bool) -> None:
+    """Two colours that run into each other, clutter, and a person's shoulders."""
     x, y = canvas.picture
     share = np.clip(y * take(0.5, 1.2) + x * take(-0.4, 0.4), 0, 1)
     for channel, top, bottom in zip(canvas.colours, take.colour(), take.colour(), strict=True):
@@ -224,9 +223,10 @@ def _background(canvas: _Canvas, take: _Draws) -> None:
         a, b = take(0.04, 0.25), take(0.04, 0.25)
         shape = canvas.ellipse(take(), take(), a, b, u=x, v=y, unit=np.float32(1))
         canvas.paint(shape, take.colour())
-    tall = canvas.height
-    shoulders = canvas.ellipse(canvas.x, canvas.y + tall * 2, tall * 1.7, tall, x, y, 1)
-    canvas.paint(shoulders, take.colour())
+    if shoulders:
+        tall = canvas.height
+        cover = canvas.ellipse(canvas.x, canvas.y + tall * 2, tall * 1.7, tall, x, y, 1)
+        canvas.paint(cover, take.colour())
 
 
 def _head(canvas: _Canvas, person: _Draws, units: dict, take: _Draws) -> None:
