@@ -71,9 +71,8 @@ def trials(
 def levels(embeddings, people, sizes: Sequence[int], share: float) -> list[Level]:
     """A level for each number of enrolled people, by one clip and by several.
 
-    As many strangers as are let in for sure at most with this share, see :func:`few_enough`, are
-    not refused; half of them are taken for somebody, the others leave the program unsure, unless
-    that would cost more than 5 % of looks at enrolled people.
+    At most :func:`few_enough` of strangers' looks are above ``stranger``, and half as many above
+    ``person``; in between the program is unsure, of at most 5 % of looks at enrolled people.
     """
     found, allowed = [], few_enough(len(np.unique(people)), share)
     for size in sizes:
