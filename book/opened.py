@@ -153,7 +153,9 @@ def texts() -> dict[str, str]:
     rows, said = claims.of_notebooks(), defaultdict(list)
     for row in rows:
         if row["mean"] is not None:
-            said[claims.said_with_interval(row)].append(row["id"])
+            number = claims.said_with_interval(row)
+            for text in {number, number.lstrip("+")}:  # a sentence may leave the sign out
+                said[text].append(row["id"])
     return {row["id"]: row["id"] for row in rows} | {
         text: ids[0] for text, ids in said.items() if len(ids) == 1
     }
