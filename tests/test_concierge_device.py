@@ -208,6 +208,24 @@ def test_the_studys_files_find_and_refuse_people_that_training_never_saw_as_it_s
     assert run.results["unlike"]["mixed"] > run.results["unlike"]["own"]
     assert run.results["stills"].keys() == run.results["rates"].keys()
     assert run.results["test_refused"] < 0.2
+    rooms = scenes.draw([scenes.NOBODY], 60, seed=5, frames=8, size=32).clips[:, 4]
+    alone = scenes.draw(range(900, 960), 60, seed=5, frames=8, size=32).clips[:, 4]
+    pairs = np.concatenate([alone, np.roll(alone, 1, 0)], 2)[:, :, ::2]
+    shares = [refused_photographs(tmp_path, totem, of) for of in (rooms, pairs, alone)]
+    assert min(shares[:2]) > 1.5 * shares[2], shares
+    assert shares[2] < 0.2
+
+
+def refused_photographs(folder, totem, pictures):
+    """The share of photographs (N, S, S, 3) in which the program sees nobody, or two people."""
+    from PIL import Image
+
+    refused = []
+    for k, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{k}.png")
+        ((found, _),) = program.looks(totem, str(folder / f"{k}.png"), 6)
+        refused.append(found["why"] == "nobody")
+    return np.mean(refused)
 
 
 def invoke(*words) -> str:
