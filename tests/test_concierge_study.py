@@ -336,6 +336,7 @@ def test_a_wrong_setting_stops_with_one_sentence(study):
         ({"registered": 1}, "parameter registered is 1"),
         ({"strangers": [20]}, "parameter strangers is"),
         ({"ways": [[1.0, 0.5], [1.0, 1.5]]}, r"ways has \[\[1.0, 1.5\]\]; a temperature must be"),
+        ({"ways": [[4.0, 0.5]]}, "list should have at least 2 items after validation"),
         ({"ways": [[0.0, 0.5], [1.0, 0.5]]}, r"ways has \[\[0.0, 0.5\]\]"),
         ({"false_accepts": 0.0}, "parameter false_accepts is 0.0"),
         ({"runtimes": ["openvino"]}, "runtimes must begin with torch, not 'openvino'"),
