@@ -237,13 +237,12 @@ def test_as_coded_has_every_slip_and_each_other_setting_has_one(tmp_path, monkey
 def test_a_random_trial_is_fixed_by_its_number(tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_RECORDS", str(tmp_path / "records"))
     names = notebooks.procedure("vid", {"scale": "paper"}, ("runs",))
-    every = [names["drawn"](k) for k in range(300)]
-    weights = np.array([one["weights"] for one in every])
+    weights = np.array([names["summing_to_4"](names["uniform"](k)) for k in range(300)])
     np.testing.assert_allclose(weights.sum((1, 2)), 4, atol=0.001)
     assert weights.min() >= 0
     assert abs(weights.mean() - 0.25) < 1e-4
     assert stats.kstest(weights[:, 0, 0] / 4, stats.beta(1, 15).cdf).pvalue > 0.01  # Dirichlet's
-    assert names["drawn"](7) == every[7]
+    assert [one["weights"] for one in names["drawn"]] == weights[:30].tolist()
 
 
 def test_a_random_trial_of_which_a_run_diverged_counts_it_as_0(tmp_path, monkeypatch):
@@ -266,7 +265,7 @@ def test_a_random_trial_of_which_a_run_diverged_counts_it_as_0(tmp_path, monkeyp
     order = names["order"]
     assert (order.index[-1], order.index[0]) == (4, 7)
     assert order[7] == pytest.approx(2 / 3 * 0.52)
-    best = [a for a in taken if a["weights"] == names["drawn"](4)["weights"]]
+    best = [a for a in taken if a["weights"] == names["drawn"][4]["weights"]]
     assert [a["seed"] for a in best] == list(range(10))
     assert {(a["share"], a["share_of"]) for a in best} == {(0.5, "gradient")}
 
@@ -286,10 +285,14 @@ def test_tpe_finds_what_helps_and_keeps_what_each_trial_was(names, monkeypatch):
 
     monkeypatch.setattr(names["vid"], "find", lambda how: None)
     monkeypatch.setattr(names["vid"], "compute", computed)
+    monkeypatch.setattr(names["vid"], "key", lambda how: f"{how['seed']} of {how['weights']}")
     search = names["search"].function
     trials = search(None, trials=30, seeds=[100, 101], seed=0, how={"coded": False})["trials"]
     assert [(one["seed"], one["teacher_seed"]) for one in asked] == [(100, 1100), (101, 1101)] * 30
     assert all(one["coded"] is False for one in asked)
+    first = [names["summing_to_4"](names["uniform"](k)) for k in range(10)]
+    assert [one["weights"] for one in trials[:10]] == first, "the random search's, already trained"
+    assert trials[3]["runs"] == [f"{seed} of {first[3]}" for seed in (100, 101)]
     for one, told in zip(asked[::2], trials, strict=True):
         assert one["weights"] == told["weights"]
         assert told["validation_accuracy"] == pytest.approx(expected(one))
