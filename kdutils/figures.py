@@ -113,8 +113,7 @@ def tally(rows: list[dict]) -> plt.Axes:
         shown = [str(n) * (n > len(rows) / 100) for n in counts[word]]
         tint = "white" if word == "replicated" else "black"
         ax.bar_label(bars, shown, label_type="center", size=11, color=tint)
-    ax.set(xticks=[], ylabel="", xlim=(0, counts.sum(axis=1).max()))
-    ax.set_ylim(len(counts) - 0.5, -0.5)
+    ax.set(xticks=[], ylabel="", xlim=(0, counts.sum(1).max()), ylim=(len(counts) - 0.5, -0.5))
     ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=11)
     ax.grid(False)
     sns.despine(ax=ax, left=True, bottom=True)
@@ -129,7 +128,7 @@ def paired(found: dict, ax: plt.Axes | None = None, unit: str = "points") -> plt
     from kdutils.claims import UNITS
 
     factor, _, behind = UNITS[unit]
-    ax = ax or plt.subplots(figsize=(6.4, 0.45 * len(found) + 0.9))[1]
+    ax = ax or plt.subplots(figsize=(4, 0.48 * len(found) + 0.9))[1]
     for y, one in enumerate(found.values()):
         values = factor * one.values.to_numpy(float)
         ax.plot(values, [y + 0.16] * len(values), "o", color="0.6", markersize=4)
@@ -137,6 +136,7 @@ def paired(found: dict, ax: plt.Axes | None = None, unit: str = "points") -> plt
         ax.plot([span.low, span.high], [y - 0.08] * 2, color="#0173b2", linewidth=2.4)
         ax.plot(span.mean, y - 0.08, "o", color="#0173b2", markersize=7)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    names = [fill(name, 24) for name in found]  # narrow, for phones
+    ax.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.5, -0.5))
     ax.set_xlabel(f"difference{f' ({behind.strip()})' if behind else ''}")
     return ax
