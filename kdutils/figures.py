@@ -13,7 +13,7 @@ from kdutils.verdicts import interval
 def style() -> None:
     """Colours that stay apart for colour-blind readers, and letters that survive a phone."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=1.05)
-    plt.rcParams |= {"figure.figsize": (7, 4.2), "figure.dpi": 110, "savefig.bbox": "tight"}
+    plt.rcParams |= {"figure.figsize": (5.6, 3.8), "figure.dpi": 110, "savefig.bbox": "tight"}
 
 
 def lines(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = None) -> plt.Axes:
