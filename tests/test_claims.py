@@ -689,7 +689,7 @@ def test_a_claim_compares_runs_of_one_processor():
 NEUTRAL = set()  # (run, source) of records whose numbers `verify` has found again by later source
 
 
-@pytest.mark.parametrize("study", ["vid", "geometry"])
+@pytest.mark.parametrize("study", ["concierge", "vid", "eskd", "geometry"])
 def test_published_runs_are_of_the_source_that_stands_here(study):
     """Second editions have one source a kind of run: what they call cannot change unnoticed."""
     names = notebooks.procedure(study, {"scale": "paper", "train_missing": False})
