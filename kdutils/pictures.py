@@ -46,6 +46,17 @@ def pair(name: str, classes: tuple[str, str]) -> Pair:
     return Pair(images, of.astype(np.uint8), tuple(classes))
 
 
+def pair_at(size: int, name: str, classes: tuple[str, str]) -> Pair:
+    """:func:`pair` with pictures of as many pixels in each direction (:func:`nearest`)."""
+    return Pair(nearest((both := pair(name, classes)).images, size), both.labels, both.names)
+
+
+def nearest(images: np.ndarray, size: int) -> np.ndarray:
+    """Pictures (N, H, W, 3) as (N, size, size, 3), by the nearest pixel as in :func:`collect`."""
+    down, right = (((np.arange(size) + 0.5) * n / size).astype(int) for n in images.shape[1:3])
+    return images[:, down[:, None], right]
+
+
 def _heap(name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Images, labels and class names of a dataset; of one without splits, what ``*_all`` holds."""
     source = data.sources().get(name)
