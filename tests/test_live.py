@@ -368,8 +368,8 @@ def test_the_address_keeps_all_that_is_set(page, address):
     control(page, "Margin").select_option("0")
     control(page, "Verdict").select_option("inconclusive")
     page.locator("input[value='vid.3']").uncheck()
-    page.locator("input[value='vid.5']").uncheck()
-    kept = "level=90&margin=0&word=inconclusive&out=vid.3&out=vid.5"
+    page.locator("input[value='geometry.1']").uncheck()
+    kept = "level=90&margin=0&word=inconclusive&out=vid.3&out=geometry.1"
     assert page.url == f"{address}?{kept}"
     before = tables(page), status(page)
     page.reload()
