@@ -69,9 +69,8 @@ def run(
     """Run a study's notebook at a scale, training what has no record; prints where it is."""
     given = dict(map(_parameter, parameter)) | ({"engine": engine} if engine else {})
     for name in [study] if study else notebooks.studies():
-        path = notebooks.find(name)
-        values = _values(name, scale, given)
-        print(notebooks.run(name, values, output / f"{path.stem}.{scale}.ipynb"))
+        executed = output / f"{notebooks.find(name).stem}.{scale}.ipynb"
+        print(notebooks.run(name, _values(name, scale, given), executed))
 
 
 @app.command()
@@ -120,8 +119,7 @@ def data_get(name: Annotated[str, typer.Argument(help="cifar10 or cifar100.")]):
     """Download a dataset through torchvision, check it, and keep it as one .npz file."""
     if "how" in data.sources().get(name, {}):
         raise data.DataError(f"{name} cannot be downloaded: {data.sources()[name]['how']}")
-    else:
-        print(data.get(name))
+    print(data.get(name))
 
 
 @data_app.command("import")

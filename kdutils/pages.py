@@ -89,6 +89,7 @@ def provenance(study: Study):
     )
     register = records.register(study.name)
     before = sum(one.get("register") == register for one in made)
+    since = "; what changed since the others: `git log -p data/claims.csv`" * (before < len(made))
     text = "{0}, torch {versions[torch]}, {precision}, threads {threads}"
     chips = [one["processor" if one["device"] == "cpu" else "device"] for one in made]
     where = Counter(text.format(chip, **one) for chip, one in zip(chips, made, strict=True))
@@ -98,7 +99,7 @@ def provenance(study: Study):
         f"**Made on** {'; '.join(f'{name} ({count})' for name, count in where.items())}.",
         f"**Commits** {', '.join(f'{name} ({count})' for name, count in commits.items())}.",
         f"**Claims** {before} of {len(made)} runs began under today's rows of `data/claims.csv` "
-        f"(`{register[:12]}`); what changed since the others: `git log -p data/claims.csv`.",
+        f"(`{register[:12]}`){since}.",
         f"**Again** `python -m kdutils train {study.name} --scale {study.scale}`, then "
         f"`python -m kdutils sync {study.name}`.",
     ]
@@ -110,10 +111,9 @@ def say(rows: list[dict], named: dict[str, str]):
     from IPython.display import Markdown
 
     by_id, lines = {row["id"]: row for row in rows}, []
-    for name, question in named.items():
-        row = by_id[name]
+    for row, question in ((by_id[name], question) for name, question in named.items()):
         weakest = f"; decided by *{row['part']}*" if row["part"] and row["verdict"] else ""
-        lines.append(f"- {holds(row).replace('*', '**')}: {question} ({name}){weakest}.")
+        lines.append(f"- {holds(row).replace('*', '**')}: {question} ({row['id']}){weakest}.")
     return Markdown("\n".join(lines))
 
 

@@ -91,8 +91,7 @@ def collect(name: str, path: Path, size: int) -> tuple[Path, list[str]]:
     be read or its pixels are another one's.
     Raises :class:`DataError` when there is nothing of one class, or an archive's entry climbs out.
     """
-    path = Path(path)
-    names, opened = _files(path)
+    names, opened = _files(path := Path(path))
     found = [(entry, kind) for entry in names if (kind := _class(entry)) is not None]
     inner = [entry for entry in names if entry.lower().endswith(".zip")]
     if inner and not found:  # as Kaggle packs: one archive of two, and the second has no classes
