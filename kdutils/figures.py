@@ -113,8 +113,7 @@ def tally(rows: list[dict]) -> plt.Axes:
         shown = [str(n) * (n > len(rows) / 100) for n in counts[word]]
         tint = "white" if word == "replicated" else "black"
         ax.bar_label(bars, shown, label_type="center", size=11, color=tint)
-    ax.set(xticks=[], ylabel="", xlim=(0, counts.sum(axis=1).max()))
-    ax.set_ylim(len(counts) - 0.5, -0.5)
+    ax.set(xticks=[], ylabel="", xlim=(0, counts.sum(1).max()), ylim=(len(counts) - 0.5, -0.5))
     ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=11)
     ax.grid(False)
     sns.despine(ax=ax, left=True, bottom=True)

@@ -212,8 +212,7 @@ def keras_adam(parameters: Iterable, lr: float, decay: float = 0.0) -> torch.opt
         if done is None:  # asked once: on a GPU an answer has to be waited for
             done = int(max((state["step"] for state in optimizer.state.values()), default=0))
         for group in optimizer.param_groups:
-            group["lr"] = lr / (1 + decay * done)
-            group["eps"] = 1e-7 / math.sqrt(1 - 0.999 ** (done + 1))
+            group.update(lr=lr / (1 + decay * done), eps=1e-7 / math.sqrt(1 - 0.999 ** (done + 1)))
         done += 1
 
     optimizer.register_step_pre_hook(before)
