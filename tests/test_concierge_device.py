@@ -422,7 +422,9 @@ def test_a_name_in_two_spellings_is_one(tmp_path):
         assert people.names() == []
         people.add(one, np.ones(4, "<f4"), "m")
         people.database.execute("INSERT INTO people VALUES (?, ?, ?, ?)", row)
-        people.remove()
+        with pytest.raises(TotemError, match="'' is not enrolled"):
+            people.remove("")  # nobody's name, and not everybody's
+        people.remove(None)
         assert people.names() == []
 
 

@@ -96,7 +96,7 @@ class Device(RuleBasedStateMachine):
     @rule()
     def forget_all(self):
         with People.opened(self.path, new=True) as people:
-            people.remove()
+            people.remove(None)
         self.known.clear()
 
     @invariant()

@@ -11,7 +11,7 @@ import torch
 from scipy import special, stats
 from torch import nn
 
-from kdutils import data, losses, models, notebooks, parameters, train
+from kdutils import data, losses, models, notebooks, parameters, records, train
 from kdutils.records import PROJECT
 
 PAIR = {"teacher": "convtiny", "teacher_seed": 1000, "network": "convverytiny", "seed": 0}
@@ -303,6 +303,30 @@ def test_tpe_finds_what_helps_and_keeps_what_each_trial_was(names, monkeypatch):
     assert late > np.mean([one["validation_accuracy"] for one in trials[:10]])
     again = search(None, trials=30, seeds=[100, 101], seed=0, how={"coded": False})["trials"]
     assert again == trials
+
+
+def test_no_run_to_come_asks_for_weights_that_lie_elsewhere(monkeypatch):
+    """A published teacher's weights may be on another machine: asked for, it would be trained again
+    under the same key, by another processor, and its students would name weights of no record."""
+    monkeypatch.setenv("KDUTILS_RUNS", "/nowhere")
+    published = {c["key"] for c in records.published("vid")}
+    asked = []
+
+    def ended(self, run, arguments, **_):
+        asked.extend((run, one) for one in arguments)
+        if len(arguments) != 90:
+            return pd.DataFrame()
+        trials = [{**a, "key": str(k), "epoch": a["epochs"]} for k, a in enumerate(arguments)]
+        return pd.DataFrame(trials).assign(validation_accuracy=0.5)
+
+    monkeypatch.setattr("kdutils.runs.Study.map", ended)
+    names = notebooks.procedure("vid", {"scale": "paper"}, ("runs",))
+    to_come = [(run, a) for run, a in asked if "teacher" in a and run.key(a) not in published]
+    kept = {"dataset", "pictures", "validation", "batch_size", "epochs", "lr", "optimizer"}
+    for run, a in to_come:
+        teacher = {"network": a["teacher"], "seed": a["teacher_seed"]}
+        teacher |= {k: v for k, v in a.items() if k in kept}
+        assert names["alone"].key(teacher) not in published, (run.name, a)
 
 
 def test_the_thesiss_links_have_a_fourth_of_all(tmp_path, monkeypatch):

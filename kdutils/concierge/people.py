@@ -95,13 +95,13 @@ class People:
             row = (name, embedding.astype("<f4").tobytes(), model, clips)
             self.database.execute("INSERT INTO people VALUES (nfc(?), ?, ?, ?)", row)
 
-    def remove(self, name: str = "") -> None:
-        """Remove a person's data, or that of all; what the file held of it is overwritten."""
-        which = " WHERE nfc(name) = nfc(?)" if name else ""
-        name = name.encode(errors="replace").decode()  # what is no text is nobody's name
+    def remove(self, name: str | None) -> None:
+        """Remove a person's data, or with None all; what the file held of it is overwritten."""
+        which = " WHERE nfc(name) = nfc(?)" if name is not None else ""
+        named = [name.encode(errors="replace").decode()] if which else []
         with self.database:
-            gone = self.database.execute(f"DELETE FROM people{which}", [name] * bool(name)).rowcount
-        if name and not gone:
+            gone = self.database.execute(f"DELETE FROM people{which}", named).rowcount
+        if named and not gone:
             raise TotemError(f"{name!r} is not enrolled in {self.path}; list says who is")
         with suppress(sqlite3.OperationalError):  # a full disk: overwritten it is
             self.database.execute("VACUUM")

@@ -308,7 +308,7 @@ def forget(
         raise TotemError("whom? forget takes one name, or --all")
     with People.opened(database) as people:
         names = people.names() if everybody else [name]
-        people.remove(name)
+        people.remove(None if everybody else name)
     print("".join(f"{one} is forgotten\n" for one in names), end="")
 
 
