@@ -13,7 +13,7 @@ from kdutils.verdicts import interval
 def style() -> None:
     """Colours that stay apart for colour-blind readers, and letters that survive a phone."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", font_scale=1.05)
-    plt.rcParams |= {"figure.figsize": (7, 4.2), "figure.dpi": 110, "savefig.bbox": "tight"}
+    plt.rcParams |= {"figure.figsize": (5.6, 3.8), "figure.dpi": 110, "savefig.bbox": "tight"}
 
 
 def lines(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = None) -> plt.Axes:
@@ -128,7 +128,7 @@ def paired(found: dict, ax: plt.Axes | None = None, unit: str = "points") -> plt
     from kdutils.claims import UNITS
 
     factor, _, behind = UNITS[unit]
-    ax = ax or plt.subplots(figsize=(6.4, 0.45 * len(found) + 0.9))[1]
+    ax = ax or plt.subplots(figsize=(4, 0.48 * len(found) + 0.9))[1]
     for y, one in enumerate(found.values()):
         values = factor * one.values.to_numpy(float)
         ax.plot(values, [y + 0.16] * len(values), "o", color="0.6", markersize=4)
@@ -136,6 +136,7 @@ def paired(found: dict, ax: plt.Axes | None = None, unit: str = "points") -> plt
         ax.plot([span.low, span.high], [y - 0.08] * 2, color="#0173b2", linewidth=2.4)
         ax.plot(span.mean, y - 0.08, "o", color="#0173b2", markersize=7)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(yticks=range(len(found)), yticklabels=list(found), ylim=(len(found) - 0.5, -0.5))
+    names = [fill(name, 24) for name in found]  # narrow, for phones
+    ax.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.5, -0.5))
     ax.set_xlabel(f"difference{f' ({behind.strip()})' if behind else ''}")
     return ax
