@@ -111,9 +111,10 @@ def say(rows: list[dict], named: dict[str, str]):
     from IPython.display import Markdown
 
     by_id, lines = {row["id"]: row for row in rows}, []
-    for row, question in ((by_id[name], question) for name, question in named.items()):
+    for name, question in named.items():
+        row = by_id[name]
         weakest = f"; decided by *{row['part']}*" if row["part"] and row["verdict"] else ""
-        lines.append(f"- {holds(row).replace('*', '**')}: {question} ({row['id']}){weakest}.")
+        lines.append(f"- {holds(row).replace('*', '**')}: {question} ({name}){weakest}.")
     return Markdown("\n".join(lines))
 
 
