@@ -94,8 +94,10 @@ def provenance(study: Study):
     chips = [one["processor" if one["device"] == "cpu" else "device"] for one in made]
     where = Counter(text.format(chip, **one) for chip, one in zip(chips, made, strict=True))
     commits = Counter(one["commit"][:12] for one in made)
+    failed = sum(record.content["status"] == "failed" for record in study.records)
+    what = f"{len(made)}{f' ({failed} diverged)' * (failed > 0)}"
     lines = [
-        f"**Runs** {len(made)}, {sum(one['seconds'] for one in made) / 3600:.1f} hours: {listed}.",
+        f"**Runs** {what}, {sum(one['seconds'] for one in made) / 3600:.1f} hours: {listed}.",
         f"**Made on** {'; '.join(f'{name} ({count})' for name, count in where.items())}.",
         f"**Commits** {', '.join(f'{name} ({count})' for name, count in commits.items())}.",
         f"**Claims** {before} of {len(made)} runs began under today's rows of `data/claims.csv` "

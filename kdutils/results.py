@@ -71,7 +71,7 @@ def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
     """
     rows = rows_of(frame, **chosen)
     if "epoch" in rows:
-        rows = rows.sort_values("epoch").groupby("key").tail(1)
+        rows = rows[rows.epoch.notna()].sort_values("epoch").groupby("key").tail(1)
     if not len(rows):
         return NOTHING
     if len(twice := rows.seed[rows.seed.duplicated()]):
