@@ -34,7 +34,7 @@ class Found:
     def _with(self, other, values, how):
         plain = self.how == other.how == "value"
         name = how if plain else f"{how} of {self.how if self.how != 'value' else other.how}"
-        values = values.dropna()
+        values = values.dropna() if plain else values.dropna().round(10)
         return Found(values, {s: self.sources[s] + other.sources[s] for s in values.index}, name)
 
     def as_dict(self) -> dict:
