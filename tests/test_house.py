@@ -129,6 +129,17 @@ def test_every_committed_notebook_is_a_page():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_cell_with_a_figures_name_shows_the_figure_alone(path):
+    """MyST-NB makes a figure of every output, and the second has the first one's name."""
+    stored = nbformat.read(path.with_suffix(".ipynb"), as_version=4)
+    for cell in (one for one in stored.cells if "figure" in one.metadata.get("mystnb", {})):
+        shown = [
+            put for put in cell.outputs if put.output_type in ("display_data", "execute_result")
+        ]
+        assert len(shown) <= 1, cell.source
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_pair_has_the_same_cells(path):
     edited = cells(jupytext.read(path))
     stored = cells(nbformat.read(path.with_suffix(".ipynb"), as_version=4))
