@@ -6,7 +6,6 @@ import re
 import signal
 import sys
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -28,37 +27,12 @@ Scale = Annotated[str, typer.Option(help="smoke, laptop or paper.")]
 Engine = Annotated[str, typer.Option(help="serial, processes, dask or a Dask scheduler's address.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Runs side by side; else what fits.")]
 Given = Annotated[list[str], typer.Option("--parameter", "-p", help="name=value, value in YAML.")]
-EXECUTED, SCALES = Path("_build/notebooks"), ("laptop", "paper")
+EXECUTED = Path("_build/notebooks")
 # How Python says, in a notebook's kernel too, that something of the extra `train` is not there.
 ABSENT = "No module named '(filelock|lightning_fabric|optuna|safetensors|sklearn|torch)"
 
 
-class Stopped(Exception):
-    """Ctrl-C, SIGTERM or a closed terminal ended a command; its argument is the signal's number."""
-
-
-@contextmanager
-def stoppable():
-    """From here on, signals end what runs as an error does, so that it ends what it started."""
-    received = []
-
-    def stop(signum, _):
-        received.append(signum)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, stop)
-    try:
-        yield
-    except BaseException:
-        if received:  # whatever came of it on the way here
-            raise Stopped(received[0]) from None
-        raise
-
-
 @app.command()
-@stoppable()
 def run(
     study: AnyStudy = "",
     scale: Scale = "smoke",
@@ -74,7 +48,6 @@ def run(
 
 
 @app.command()
-@stoppable()
 def train(
     study: Study,
     scale: Scale,
@@ -133,18 +106,14 @@ def data_import(
 
 
 @app.command()
-def publish(
-    study: Study,
-    scale: Annotated[list[str], typer.Option(help="Scales whose records are published.")] = SCALES,
-):
+def publish(study: Study):
     """Copy this machine's records of a study into data/records, to be committed."""
     notebooks.find(study)
-    written = records.publish(study, scale)
+    written = records.publish(study)
     print(*written, f"{len(written)} records published", sep="\n")
 
 
 @app.command()
-@stoppable()
 def verify(
     study: Study,
     sample: Annotated[int, typer.Option(min=1, help="How many records, drawn at random.")] = 1,
@@ -178,7 +147,6 @@ def verify(
 
 
 @app.command()
-@stoppable()
 def sync(study: AnyStudy = ""):
     """Carry an edited notebook's .md over to its .ipynb, and run that from published records."""
     print(*notebooks.sync(study), sep="\n")
@@ -197,13 +165,22 @@ def claims(
 def main():
     """Run the command line; what a user can mend is said in one sentence."""
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without our letters
+    received = []
+
+    def stop(signum, _):  # it ends what runs as an error does, so that this ends what it started
+        received.append(signum)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, stop)
     try:
         app()
-    except Stopped as error:
-        what_now = "what is finished is kept, and the same command goes on"
-        typer.echo(f"kdutils: stopped; {what_now}", err=True)
-        raise SystemExit(128 + error.args[0]) from None
-    except Exception as error:
+    except BaseException as error:
+        if received and getattr(error, "code", True):  # whatever came of it on the way here
+            what_now = "what is finished is kept, and the same command goes on"
+            typer.echo(f"kdutils: stopped; {what_now}", err=True)
+            raise SystemExit(128 + received[0]) from None
         hint = '; training needs pip install -e ".[train]"' * bool(re.search(ABSENT, str(error)))
         if not (hint or isinstance(error, OSError) or type(error).__module__[:8] == "kdutils."):
             raise  # only errors of our own say what a user can mend

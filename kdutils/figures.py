@@ -40,7 +40,8 @@ def means(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
     side = {"dodge": 0.8 * (1 - 1 / hues) if hues > 1 else False, "linestyle": "none"}
     side["errorbar"] = lambda values: (interval(values).low, interval(values).high)
     sns.pointplot(**common, **side, capsize=0.08, markersize=7)
-    ax.legend(title=None, frameon=False)
+    above = {"ncols": 2, "loc": "lower center", "bbox_to_anchor": (0.5, 1)} if hues > 3 else {}
+    ax.legend(title=None, frameon=False, **above)
     return ax
 
 
@@ -76,7 +77,7 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
         text = f"{row['id']}  {row['statement']}"
         size = 9 if len(text) < 105 else 8  # two lines at most
         said = claims.said_with_interval(row) + f" [{row['part']}]" * bool(row["part"])
-        ax.text(-reach, y - 0.45, fill(text, 513 // size), size=size, va="top", linespacing=1.1)
+        ax.text(-reach, y - 0.45, fill(text, 57 * 9 // size), size=size, va="top", linespacing=1.1)
         ax.text(-reach, y + 0.36, said, size=9 if len(said) < 45 else 8, va="center", color="0.35")
         word = row["verdict"] or "no verdict"
         ax.text(reach, y + 0.36, word, size=9, ha="right", va="center", weight="bold")
@@ -112,7 +113,7 @@ def tally(rows: list[dict]) -> plt.Axes:
         shown = [str(n) * (n > len(rows) / 100) for n in counts[word]]
         tint = "white" if word == "replicated" else "black"
         ax.bar_label(bars, shown, label_type="center", size=11, color=tint)
-    ax.set(xticks=[], ylabel="", xlim=(0, counts.sum(1).max()), ylim=(len(counts) - 0.5, -0.5))
+    ax.set(xticks=[], ylabel="", xlim=(0, counts.T.sum().max()), ylim=(len(counts) - 0.5, -0.5))
     ax.legend(ncols=2, loc="lower left", bbox_to_anchor=(0, 1), frameon=False, fontsize=11)
     ax.grid(False)
     sns.despine(ax=ax, left=True, bottom=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from kdutils import files, parameters, spread
 from kdutils.records import PROJECT
-from kdutils.runs import SCALES, RunFailed, RunFunction, Study
+from kdutils.runs import RunFailed, RunFunction, Study
 
 FOLDER = PROJECT / "notebooks"
 OUTCOMES = ("index", "together", "verdicts")  # they read what studies' pages store; synced last
@@ -68,8 +68,8 @@ def outputs(path: Path, tag: str = "") -> list[dict]:
 
 def scale_parameters(study: str, scale: str) -> dict:
     """The parameters in ``notebooks/params/<study>.<scale>.yaml``."""
-    if scale not in SCALES:
-        raise parameters.ParameterError(f"unknown scale {scale!r}; scales: {', '.join(SCALES)}.")
+    if scale not in (known := parameters.Scale.__args__):
+        raise parameters.ParameterError(f"unknown scale {scale!r}; scales: {', '.join(known)}.")
     path = FOLDER / "params" / f"{study}.{scale}.yaml"
     return parameters.from_yaml(path.read_text(encoding="utf-8"), path.name)
 
@@ -113,7 +113,10 @@ def _kernel() -> Iterator[type]:
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
 
-    folder, started = _short_folder(), []
+    usual = tempfile.gettempdir()  # one that can be written
+    place = usual if len(os.fsencode(usual)) < 60 else "/tmp"  # sockets' paths: about 100 bytes
+    files.sweep(place, "kd-*", hours=30 * 24)
+    folder, started = Path(tempfile.mkdtemp(prefix=f"kd-{files.owner()}-", dir=place)), []
 
     class Kernel(AsyncKernelManager):
         kernel_spec = KernelSpec(**get_kernel_dict())
@@ -145,14 +148,6 @@ def _kernel() -> Iterator[type]:
         shutil.rmtree(folder, ignore_errors=True)
         # A killed command's kernel lives for a second or more, and may write after the first sweep.
         files.sweep(folder.parent, "kd-*", hours=30 * 24)
-
-
-def _short_folder() -> Path:
-    """A new folder for a kernel, where paths are short enough for sockets (about 100 bytes)."""
-    usual = tempfile.gettempdir()  # one that can be written
-    place = usual if len(os.fsencode(usual)) < 60 else "/tmp"
-    files.sweep(place, "kd-*", hours=30 * 24)
-    return Path(tempfile.mkdtemp(prefix=f"kd-{files.owner()}-", dir=place))
 
 
 def _end(process) -> None:
@@ -192,6 +187,7 @@ def sync(study: str = "") -> list[Path]:
         if path.exists():  # cells that stay keep their ids
             old = nbformat.read(path, as_version=4)
             notebook = combine_inputs_with_outputs(notebook, old, fmt="ipynb")
+        before = [_pictured(cell) for cell in notebook.cells]  # an edited cell has no outputs now
         options = {"resources": {"metadata": {"path": str(FOLDER)}}, "record_timing": False}
         with _kernel() as kernel:
             client = NotebookClient(notebook, kernel_manager_class=kernel, **options)
@@ -202,12 +198,19 @@ def sync(study: str = "") -> list[Path]:
                     for number, cell in enumerate(notebook.cells):
                         count = client.code_cells_executed + 1
                         client.execute_cell(cell, number, execution_count=count)
-                    client.set_widgets_metadata()
             except CellExecutionError as error:
                 why = f"{path.stem}.md: {error.ename}: {error.evalue}"
                 raise NotebookFailed(why) from None
+        for cell, had in zip(notebook.cells, before, strict=True):
+            if had and not _pictured(cell):
+                why = f"a figure is gone, of the cell that begins {cell.source[:40]!r}"
+                raise NotebookFailed(f"{path.stem}.md: {why}; if that is meant, delete {path.name}")
         files.write(path, nbformat.writes(notebook) + "\n")
     return paths
+
+
+def _pictured(cell) -> bool:
+    return any("image/png" in put.get("data", {}) for put in cell.get("outputs", []))
 
 
 def procedure(study: str, given: dict, also: tuple = (), begin: Callable | None = None) -> dict:
@@ -257,10 +260,9 @@ def train(study: str, given: dict, workers: int | None = None, only: str = "") -
     plan.dry = False
     try:
         procedure(study, given, ("runs",), begin)
-    except (RunFailed, NotebookFailed, parameters.ParameterError):
-        raise
     except Exception as error:
-        if plan.training or not only:
+        told = isinstance(error, RunFailed | NotebookFailed | parameters.ParameterError)
+        if told or plan.training or not only:
             raise
         why = f"going on needs others first ({type(error).__name__}: {error})"
         raise NotebookFailed(f"{plan.trained} runs of {only} were trained; {why}") from error

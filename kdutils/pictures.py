@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -89,8 +89,11 @@ def collect(name: str, path: Path, size: int) -> tuple[Path, list[str]]:
     (:func:`as_viewed`), of several frames the first, and ``size`` × ``size`` pixels by the nearest
     one. Returns the file written, and a line for every picture that was skipped, since it could not
     be read or its pixels are another one's.
-    Raises :class:`DataError` when there is nothing of one class, or an archive's entry climbs out.
+    Raises :class:`DataError` when there is nothing of one class.
     """
+    from PIL import Image, UnidentifiedImageError
+    from tqdm.contrib.concurrent import thread_map
+
     names, opened = _files(path := Path(path))
     found = [(entry, kind) for entry in names if (kind := _class(entry)) is not None]
     inner = [entry for entry in names if entry.lower().endswith(".zip")]
@@ -99,17 +102,45 @@ def collect(name: str, path: Path, size: int) -> tuple[Path, list[str]]:
         best = inner[held.index(max(held))]
         raise DataError(f"{path} was not imported: unpack its {best} first, and give that")
 
-    def decode(i):
-        from PIL import Image
+    images = np.empty((len(found), size, size, 3), np.uint8)
+    labels = np.array([kind for _, kind in found], np.uint8)
 
-        entry, kind = found[i]
-        with opened(entry) as file:
-            content = file.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise ValueError(f"more than {LARGEST} bytes are too many for a picture")
-        return Image.open(io.BytesIO(content)), kind
+    def one(i):  # side by side: Pillow lets go of the interpreter
+        entry, _ = found[i]
+        try:
+            with opened(entry) as file:
+                content = file.read(LARGEST + 1)
+            if len(content) > LARGEST:
+                raise ValueError(f"more than {LARGEST} bytes are too many for a picture")
+            seen = as_viewed(Image.open(io.BytesIO(content)))
+            images[i] = np.asarray(seen.resize((size, size), Image.Resampling.NEAREST))
+        except UnidentifiedImageError:
+            return f"{entry}: no picture that can be read"
+        except Exception as error:  # a broken file can make Pillow raise nearly anything
+            return f"{entry}: {str(error) or type(error).__name__}"
 
-    return _write(name, str(path), size, [entry for entry, _ in found], decode)
+    reasons = thread_map(one, range(len(found)), unit="picture")
+    first = {}  # by content: a copy of a picture could come into another part of the split
+    for i in range(len(found)):
+        same = i if reasons[i] else first.setdefault(hashlib.sha256(images[i]).digest(), i)
+        if same != i:
+            reasons[i] = f"{found[i][0]}: the same picture as {found[same][0]}"
+    skipped = [reason for reason in reasons if reason]
+    for k, i in enumerate(first.values()):  # in place: a copy would take as much memory again
+        images[k], labels[k] = images[i], labels[i]
+    images, labels = images[: len(first)], labels[: len(first)]
+    counts = np.bincount(labels, minlength=2)
+    if not counts.all():
+        text = " and ".join(f"{n} of class {c!r}" for n, c in zip(counts, CLASSES, strict=True))
+        unread = f"; {len(skipped)} were skipped, first {skipped[0]}" if skipped else ""
+        raise DataError(f"{path} was not imported: it has {text}, and both are needed{unread}")
+    path = data.folder() / f"{name}.npz"
+    files.sweep(path.parent)
+    arrays = {"x_all": images, "y_all": labels, "names": CLASSES}
+    arrays |= {"fingerprint": data.fingerprint(images, labels), "skipped": np.array(skipped, str)}
+    with files.replacing(path) as file:
+        np.savez(file, **arrays)
+    return path, skipped
 
 
 def as_viewed(picture: "Image.Image") -> "Image.Image":  # noqa: F821
@@ -153,53 +184,4 @@ def _files(path: Path) -> tuple[list[str], Callable]:
         reason = f"it is no folder and no zip archive that can be read ({error})"
         raise DataError(f"{path} was not imported: {reason}") from None
     entries = sorted({entry for entry in archive.namelist() if entry[-1:] != "/"})
-    for entry in entries:
-        windows = PureWindowsPath(entry)  # knows both kinds of slashes
-        if windows.drive or windows.root or ".." in windows.parts:
-            raise DataError(f"{path} was not imported: its entry {entry!r} climbs out of it")
     return entries, archive.open
-
-
-def _write(name, source, size, called, decode) -> tuple[Path, list[str]]:
-    """Decode pictures side by side (Pillow lets go of the interpreter) and write what was read.
-
-    ``called`` are their names; ``decode(i)`` returns the i-th of them and its label.
-    """
-    from PIL import Image, UnidentifiedImageError
-    from tqdm.contrib.concurrent import thread_map
-
-    images = np.empty((len(called), size, size, 3), np.uint8)
-    labels = np.zeros(len(called), np.uint8)
-
-    def one(i):
-        try:
-            picture, labels[i] = decode(i)
-            seen = as_viewed(picture)
-            images[i] = np.asarray(seen.resize((size, size), Image.Resampling.NEAREST))
-        except UnidentifiedImageError:
-            return f"{called[i]}: no picture that can be read"
-        except Exception as error:  # a broken file can make Pillow raise nearly anything
-            return f"{called[i]}: {str(error) or type(error).__name__}"
-
-    reasons = thread_map(one, range(len(called)), unit="picture")
-    first = {}  # by content: a copy of a picture could come into another part of the split
-    for i in range(len(called)):
-        same = i if reasons[i] else first.setdefault(hashlib.sha256(images[i]).digest(), i)
-        if same != i:
-            reasons[i] = f"{called[i]}: the same picture as {called[same]}"
-    skipped = [reason for reason in reasons if reason]
-    for k, i in enumerate(first.values()):  # in place: a copy would take as much memory again
-        images[k], labels[k] = images[i], labels[i]
-    images, labels = images[: len(first)], labels[: len(first)]
-    counts = np.bincount(labels, minlength=2)
-    if not counts.all():
-        text = " and ".join(f"{n} of class {c!r}" for n, c in zip(counts, CLASSES, strict=True))
-        unread = f"; {len(skipped)} were skipped, first {skipped[0]}" if skipped else ""
-        raise DataError(f"{source} was not imported: it has {text}, and both are needed{unread}")
-    path = data.folder() / f"{name}.npz"
-    files.sweep(path.parent)
-    arrays = {"x_all": images, "y_all": labels, "names": CLASSES}
-    arrays |= {"fingerprint": data.fingerprint(images, labels), "skipped": np.array(skipped, str)}
-    with files.replacing(path) as file:
-        np.savez(file, **arrays)
-    return path, skipped

@@ -202,10 +202,9 @@ def _parsed(text: str) -> ast.Module:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             node.module = node.module.replace(f".{PACKAGE}", "")
-        if isinstance(body := getattr(node, "body", None), list):
-            match body:
-                case [ast.Expr(ast.Constant(str())), _, *_]:
-                    body.pop(0)
+        match getattr(node, "body", None):  # a list, but of a lambda
+            case [ast.Expr(ast.Constant(str())), _, *_]:
+                node.body.pop(0)
     return tree
 
 
@@ -239,21 +238,18 @@ def commit() -> str:
     whichever the environment names.
     """
     own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or "CONFIG" in k}
-    own["GIT_OPTIONAL_LOCKS"] = "0"  # killed while it held one, git would leave it behind
+    here = [f"--git-dir={PROJECT / '.git'}", f"--work-tree={PROJECT}"]
 
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=PROJECT, env=own, capture_output=True)
-        return os.fsdecode(done.stdout).strip()
+    def git(*words):  # without locks, which git would leave behind where it is killed
+        command = ["git", *here, "--no-optional-locks", *words]
+        return subprocess.run(command, cwd=PROJECT, env=own, capture_output=True).stdout.decode()
 
     try:
-        top = git("rev-parse", "--show-toplevel")
-        if not top or not os.path.samefile(top, PROJECT) or not git("ls-files", "kdutils"):
-            return "unknown"
-        head = git("rev-parse", "--verify", "HEAD")
+        head = git("rev-parse", "--verify", "HEAD").strip()
         changed = git("status", "--porcelain", "--", "kdutils", "notebooks/*.md")
-    except OSError:
-        return "unknown"
-    return (head or "unknown") + ("+changes" if changed else "")
+    except OSError:  # there is no git
+        head = ""
+    return head + "+changes" * bool(changed) if head else "unknown"
 
 
 def _processor() -> str:

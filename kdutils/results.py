@@ -34,7 +34,7 @@ class Found:
     def _with(self, other, values, how):
         plain = self.how == other.how == "value"
         name = how if plain else f"{how} of {self.how if self.how != 'value' else other.how}"
-        values = values.dropna()
+        values = values.dropna() if plain else values.dropna().round(10)
         return Found(values, {s: self.sources[s] + other.sources[s] for s in values.index}, name)
 
     def as_dict(self) -> dict:
@@ -71,7 +71,7 @@ def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
     """
     rows = rows_of(frame, **chosen)
     if "epoch" in rows:
-        rows = rows.sort_values("epoch").groupby("key").tail(1)
+        rows = rows[rows.epoch.notna()].sort_values("epoch").groupby("key").tail(1)
     if not len(rows):
         return NOTHING
     if len(twice := rows.seed[rows.seed.duplicated()]):

@@ -19,8 +19,6 @@ import pandas as pd
 
 from kdutils import files, records, spread
 
-SCALES = ("smoke", "laptop", "paper")
-
 
 class RunFailed(RuntimeError):
     """A run ended without a result; its record says where."""

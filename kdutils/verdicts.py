@@ -25,10 +25,6 @@ class Interval:
     high: float
     n: int
 
-    def __str__(self) -> str:
-        span = "" if math.isnan(self.low) else f" [{self.low:+.4f}, {self.high:+.4f}]"
-        return "–" if math.isnan(self.mean) else f"{self.mean:+.4f}{span}"
-
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
     """Student's t interval for the mean of ``values``, one a seed.

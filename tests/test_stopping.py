@@ -200,6 +200,23 @@ def test_figures_are_kept_whatever_the_environment_says(folder, monkeypatch):
     assert "image/png" in nbformat.read(path, as_version=4).cells[-1].outputs[0].data
 
 
+def test_a_figure_less_is_an_error_and_the_old_page_stays(folder, monkeypatch):
+    monkeypatch.setattr(notebooks, "FOLDER", folder)
+    drawn = f"import os\nif 'TINY_DRAWS' in os.environ:\n    {FIGURE.replace(chr(10), '; ')}"
+    study(folder, PARAMETERS, CHECK, drawn)
+    path = folder / "9-tiny.ipynb"
+    jupytext.write(nbformat.read(path, as_version=4), path.with_suffix(".md"), fmt="md:myst")
+    monkeypatch.setenv("TINY_DRAWS", "1")
+    notebooks.sync("tiny")
+    monkeypatch.delenv("TINY_DRAWS")
+    before = path.read_bytes()
+    with pytest.raises(notebooks.NotebookFailed, match="a figure is gone, of the cell that begins"):
+        notebooks.sync("tiny")
+    assert path.read_bytes() == before
+    path.unlink()
+    notebooks.sync("tiny")
+
+
 # One sentence each
 
 

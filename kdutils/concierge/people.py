@@ -102,7 +102,7 @@ class People:
         with self.database:
             gone = self.database.execute(f"DELETE FROM people{which}", named).rowcount
         if named and not gone:
-            raise TotemError(f"{name!r} is not enrolled in {self.path}; list says who is")
+            raise TotemError(f"{named[0]!r} is not enrolled in {self.path}; list says who is")
         with suppress(sqlite3.OperationalError):  # a full disk: overwritten it is
             self.database.execute("VACUUM")
 
