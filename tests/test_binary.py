@@ -375,6 +375,37 @@ def test_a_chain_killed_at_generation_4_goes_on_at_generation_4(study, tmp_path)
             assert found["differ"] == round(sum(found["bins"]["train"]["count"]) * (1 - before))
 
 
+def test_what_is_taught_by_a_diverged_network_counts_as_diverged(tmp_path, monkeypatch):
+    """And nothing else does: other seeds, and the training as a whole, go on."""
+    monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path))
+    names = notebooks.procedure("binary", {"scale": "laptop", "train_missing": True})
+    names["study"].engine = "serial"
+    setting = {"dataset": "digits", "classes": ["3", "8"], "size": 16, "batch_size": 64, "views": 1}
+    recipe = {"optimizer": "sgd", "decay": 0.0, "shift": 0.4, "lr": 0.003, "epochs": 1}
+    master = {"network": "resnet10", "recipe": recipe | {"shift": 0.0}, "before": None}
+    fixed = setting | {"master": master, "network": "resnet10", "recipe": recipe}
+    lost = fixed | {"labels": "soft", "generation": 1, "seed": 0}
+    student = names["student"]
+
+    def fit(*_, folder, **rest):
+        if folder == student.folder(lost):
+            raise train.Diverged(3, 17)
+        return [{"epoch": 1, "loss": 0.5, "seconds": 0.1}]
+
+    monkeypatch.setattr(train, "fit", fit)
+    asked = runs.grid(fixed, labels=["soft"], generation=[0, 1, 2, 3], seed=[0, 1])
+    asked += runs.grid(fixed, labels=["sharp"], generation=[2, 3], seed=[0, 1])
+    rows = names["study"].map(student, asked, optional=True, failing=True)
+    told = {(r.labels, r.generation, r.seed): r.error for r in rows.itertuples()}
+    failed = {k: error for k, error in told.items() if isinstance(error, str)}
+    behind = [("soft", 2, 0), ("soft", 3, 0), ("sharp", 2, 0), ("sharp", 3, 0)]
+    assert set(failed) == {("soft", 1, 0), *behind}
+    assert failed["soft", 1, 0] == "the loss is not finite in epoch 3, step 17"
+    before = "the loss of a network before it is not finite in epoch 3, step 17"
+    assert {failed[one] for one in behind} == {before}
+    assert len(told) == len(asked)
+
+
 def test_a_rate_rises_for_15_of_100_epochs_and_falls_to_0_and_momentum_stays(study, monkeypatch):
     monkeypatch.setattr(train, "fit", lambda *_, **rest: rest)
     recipe = {"optimizer": "sgd", "lr": 0.1, "epochs": 100}
