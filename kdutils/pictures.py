@@ -46,9 +46,11 @@ def pair(name: str, classes: tuple[str, str]) -> Pair:
     return Pair(images, of.astype(np.uint8), tuple(classes))
 
 
+@lru_cache(maxsize=1)
 def pair_at(size: int, name: str, classes: tuple[str, str]) -> Pair:
     """:func:`pair` with pictures of as many pixels in each direction (:func:`nearest`)."""
-    return Pair(nearest((both := pair(name, classes)).images, size), both.labels, both.names)
+    both = pair.__wrapped__(name, classes)  # not kept: these are smaller, and asked for again
+    return Pair(nearest(both.images, size), both.labels, both.names)
 
 
 def nearest(images: np.ndarray, size: int) -> np.ndarray:

@@ -279,21 +279,39 @@ def test_too_few_pictures_for_three_parts_are_named(study):
         study["thirds"](np.array([0] * 20 + [1] * 3), 0)
 
 
-def test_pictures_that_are_in_two_parts_are_counted(tmp_path, monkeypatch):
+def test_a_picture_in_two_parts_is_named_and_stays_in_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("KDUTILS_RUNS", str(tmp_path))
     both = pictures.pair("digits", ("3", "8"))
     images = both.images.copy()
     images[1::2] = images[: 2 * (len(images) // 2) : 2]  # of any two neighbours, one
-    twins = pictures.Pair(images, both.labels, both.names)
-    monkeypatch.setattr(pictures, "pair", lambda *_: twins)
+    twins = (images, both.labels, ["3", "8"])
+    monkeypatch.setattr(pictures, "_heap", lambda name: twins)
+    pictures.pair_at.cache_clear()
     names = notebooks.procedure("binary", {"scale": "laptop", "train_missing": True})
-    found = names["splits"](seed=1, dataset="digits", classes=["3", "8"], size=16).results
-    parts = names["thirds"](both.labels, 1)
-    seen = [{images[i].tobytes() for i in part} for part in parts]
-    pairs = [(seen[0], seen[1]), (seen[0], seen[2]), (seen[1], seen[2])]
-    assert found["in_two_parts"] == [len(one & other) for one, other in pairs]
-    assert min(found["in_two_parts"]) > 3
+    setting = {"dataset": "digits", "classes": ["3", "8"], "size": 16}
+    found = names["splits"](seed=1, **setting).results
+    shown = names["parts"](1, 0, 0.0, setting | {"batch_size": 50})
+    pictures.pair_at.cache_clear()
+    seen, expected, left = set(), [], []
+    for part in names["thirds"](both.labels, 1):
+        new = [i for i in part if images[i].tobytes() not in seen]
+        left.append(new)
+        expected += sorted({*part} - {*new})
+        seen |= {images[i].tobytes() for i in part}
+    assert found["in_two_parts"] == sorted(expected)
+    assert len(expected) > 9
     assert found["fingerprint"] == data.fingerprint(images, both.labels)
+    for part, kept in zip(("train", "validation", "test"), left, strict=True):
+        assert shown["hand"][part].tolist() == both.labels[kept].tolist()
+    assert sum(len(batch.index) for batch in shown["shown"](1)) == len(left[0])
+
+
+def test_a_smaller_size_is_cut_once_and_the_larger_pictures_are_let_go():
+    pictures.pair_at.cache_clear()
+    pictures.pair.cache_clear()
+    one = pictures.pair_at(8, "digits", ("3", "8"))
+    assert pictures.pair_at(8, "digits", ("3", "8")) is one
+    assert pictures.pair.cache_info().currsize == 0
 
 
 # Chains
@@ -716,8 +734,8 @@ def test_how_sure_and_how_often_right_by_hand(study):
     empty = [0] * 18
     one = {"count": [10, 15, *empty], "second": [1, 3, *empty], "sum": [0.25, 1.0, *empty]}
     other = {"count": [12, 4, *empty], "second": [3, 4, *empty], "sum": [0.3, 0.25, *empty]}
-    sure, right = study["reliability"]([{"unseen": one}, {"unseen": other}])
-    assert (sure.tolist(), right.tolist()) == ([0.55 / 22], [4 / 22])
+    found = study["reliability"]([{"unseen": one}, {"unseen": other}])
+    assert found.to_dict() == {0.55 / 22: 4 / 22}
 
 
 def test_time_to_a_level_by_hand(study):
@@ -734,10 +752,7 @@ def test_who_alone_is_right_is_counted_from_records(study, pictures):
     n, packed = len(pictures), [np.packbits(x).tobytes().hex() for x in (soft, hand)]
     expected = sum(a and not b for a, b in pictures), sum(b and not a for a, b in pictures)
     assert study["right_alone"](*packed, n) == expected[0]
-    for labels, bits in ((["soft", "hand"], packed), (["hand", "soft"], packed[::-1])):
-        assert study["only_soft"](labels, bits, [n, n]) == expected[0]
-        assert study["only_classical"](labels, bits, [n, n]) == expected[1]
-    assert math.isnan(study["only_soft"](["soft"], packed[:1], [n]))
+    assert study["right_alone"](*packed[::-1], n) == expected[1]
 
 
 def cochran_mantel_haenszel(tables):
