@@ -183,11 +183,11 @@ def sync(study: str = "") -> list[Path]:
     wanted = [p for p in pages if p in named or p.stem in OUTCOMES]  # these read its claims
     paths = [path.with_suffix(".ipynb") for path in wanted]
     for path in paths:
-        notebook = jupytext.read(path.with_suffix(".md"))
+        notebook, before = jupytext.read(path.with_suffix(".md")), set()
         if path.exists():  # cells that stay keep their ids
             old = nbformat.read(path, as_version=4)
+            before = {cell.source for cell in old.cells if _pictured(cell)}
             notebook = combine_inputs_with_outputs(notebook, old, fmt="ipynb")
-        before = [_pictured(cell) for cell in notebook.cells]  # an edited cell has no outputs now
         options = {"resources": {"metadata": {"path": str(FOLDER)}}, "record_timing": False}
         with _kernel() as kernel:
             client = NotebookClient(notebook, kernel_manager_class=kernel, **options)
@@ -201,8 +201,8 @@ def sync(study: str = "") -> list[Path]:
             except CellExecutionError as error:
                 why = f"{path.stem}.md: {error.ename}: {error.evalue}"
                 raise NotebookFailed(why) from None
-        for cell, had in zip(notebook.cells, before, strict=True):
-            if had and not _pictured(cell):
+        for cell in notebook.cells:
+            if cell.source in before and not _pictured(cell):
                 why = f"a figure is gone, of the cell that begins {cell.source[:40]!r}"
                 raise NotebookFailed(f"{path.stem}.md: {why}; if that is meant, delete {path.name}")
         files.write(path, nbformat.writes(notebook) + "\n")

@@ -124,6 +124,21 @@ def curve(frame: pd.DataFrame, column: str = "test_accuracy", **chosen) -> dict[
     return found
 
 
+def three_accuracies(frame: pd.DataFrame) -> dict[str, float]:
+    """Means over runs of test accuracy: last epoch, chosen on held-out pictures, best on test.
+
+    Runs that diverged, which have none, are left out; of no run the means are NaN.
+    """
+    sound = frame[frame.test_accuracy.notna()].sort_values("epoch")
+    ways = {
+        "last epoch": lambda rows: rows.test_accuracy.iloc[-1],
+        "chosen on held-out": lambda rows: rows.test_accuracy[rows.validation_accuracy.idxmax()],
+        "best on test (optimistic)": lambda rows: rows.test_accuracy.max(),
+    }
+    runs = [rows.reset_index() for _, rows in sound.groupby("key")]
+    return {name: pd.Series(map(way, runs), dtype=float).mean() for name, way in ways.items()}
+
+
 def of_curves(function: Callable[..., float], *curves: dict[int, tuple]) -> Found:
     """``function`` of a list for each of the curves, seed by seed; its name says how."""
     each = [{s: (values, [source]) for s, (values, source) in c.items()} for c in curves]

@@ -361,6 +361,20 @@ def test_the_check_names_a_register_without_one_of_its_columns(project):
     assert f"{table} is damaged: KeyError('bound')" in done.stdout + done.stderr
 
 
+def test_three_accuracies_are_means_over_runs_that_did_not_diverge():
+    held, test = [[0.1, 0.5, 0.4], [0.6, 0.2, 0.3]], [[0.2, 0.4, 0.7], [0.8, 0.9, 0.3]]
+    rows = [
+        {"key": k, "epoch": e + 1, "test_accuracy": test[k][e], "validation_accuracy": held[k][e]}
+        for k in (0, 1)
+        for e in (2, 0, 1)
+    ]
+    frame = pd.DataFrame([*rows, {"key": 2, "epoch": 1}], index=[0] * 7)
+    assert results.three_accuracies(frame) == pytest.approx(
+        {"last epoch": 0.5, "chosen on held-out": 0.6, "best on test (optimistic)": 0.8}
+    )
+    assert all(map(math.isnan, results.three_accuracies(frame.tail(1)).values()))
+
+
 REGISTERED = [
     registered_row("a-1", effect="0.2", seeds="5"),
     registered_row("a-2", "below", margin="0.5"),
