@@ -694,15 +694,12 @@ def test_every_student_was_taught_by_a_published_teacher():
         assert [key for key, digest in told if digest and digest not in weights] == [], study
 
 
-MIXED = {"vid-11", "vid-12"}  # whose page says so, and what runs of one processor say
-
-
 def test_a_claim_compares_runs_of_one_processor():
     """Other bits are another draw: a difference would be the processors' too."""
     every = [record for study in notebooks.studies() for record in records.published(study)]
     where = {one["key"]: one["made"]["device"] + one["made"]["processor"] for one in every}
     found = {row["id"] for row in claims.of_notebooks() if len({where[k] for k in row["runs"]}) > 1}
-    assert found == MIXED
+    assert found == set()
 
 
 NEUTRAL = set()  # (run, source) of records whose numbers `verify` has found again by later source
