@@ -117,7 +117,7 @@ def say(rows: list[dict], named: dict[str, str]):
 def caveats(rows: list[dict]) -> str:
     """At which scale claims were judged, and how many replicated ones survive a correction."""
     of, done = Counter(r["study"] for r in rows), Counter(r["study"] for r in rows if r["verdict"])
-    scale_of = {row["study"]: row["scale"] for row in rows if row["scale"]}
+    scale_of = {row["study"]: row["scale"] for row in rows if row["verdict"]}
     numbers = {name: path.stem.partition("-")[0] for name, path in notebooks.studies().items()}
     where = {"paper": "at the paper's scale", "laptop": "on smaller stand-ins", None: "not yet"}
     scales = []

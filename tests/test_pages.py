@@ -80,11 +80,12 @@ def test_caveats_name_scales_and_what_survives_the_correction():
         row("replicated, smaller", scale="laptop", study="b", holm=False),
         row("replicated", scale="laptop", study="geometry", holm=None),
         row(None, scale=None, study="c", holm=None),
+        row(None, scale="paper", study="d", holm=None),
         row(None, scale=None, study="a", holm=None),
     ]
     assert pages.caveats(rows) == (
         "Judged at the paper's scale: study a (1 of 2 claims); on smaller stand-ins: study 5, b; "
-        "not yet: study c. 1 of the 2 replicated with a p-value survive a correction for many "
+        "not yet: study c, d. 1 of the 2 replicated with a p-value survive a correction for many "
         "claims."
     )
 
