@@ -84,7 +84,7 @@ def _claim(row: dict) -> Claim:
         raise ValueError(f"kind {row['kind']!r} does not fit its parts, {row['parts']!r}")
     if need is not None and not 1 <= need <= len(parts):
         raise ValueError(f"{need} of {len(parts)} parts cannot hold")
-    effects = row["effect"].split(";")
+    effects = [_number("effect", text) if text else None for text in row["effect"].split(";")]
     effects = effects * len(parts) if len(effects) == 1 else effects
     if len(effects) != len(parts):
         raise ValueError(f"it has {len(effects)} effects for {len(parts)} parts")
@@ -95,16 +95,12 @@ def _claim(row: dict) -> Claim:
     margin, seeds = _number("margin", row["margin"]), _number("seeds", row["seeds"], whole=True)
     if margin <= 0 or seeds < 2:
         raise ValueError("its margin must be above 0, and its seeds at least 2")
-    upper = bounds[1] if kind == "within" else None
-    shared = {"margin": margin, "upper": upper, "ratio": row["unit"] == "ratio"}
-    told = [_number("effect", effect) if effect else None for effect in effects]
-    rules = {
-        part: Rule(kind, bounds[0], effect=effect, **shared)
-        for part, effect in zip(parts, told, strict=True)
-    }
+    upper, ratio = bounds[1] if kind == "within" else None, row["unit"] == "ratio"
+    shared = {"kind": kind, "bound": bounds[0], "margin": margin, "upper": upper, "ratio": ratio}
+    rules = {k: Rule(effect=one, **shared) for k, one in zip(parts, effects, strict=True)}
     for rule in rules.values():  # what is beyond the bound has to be a ratio too
-        rule.scaled(rule.bound), rule.scaled(rule.reach(margin))
-        rule.scaled(rule.reach(rule.effect or 0))
+        for distance in (0, margin, rule.effect or 0):
+            rule.scaled(rule.reach(distance))
     texts = {name: row[name] for name in TEXTS}
     return Claim(row["id"], row["study"], int(seeds), texts, rules, need)
 
@@ -248,8 +244,8 @@ def show(rows: list[dict], keep: list[dict]) -> None:
     """Show judged rows as a table whose output carries ``keep``, the stored rows, as data."""
     from IPython.display import display
 
-    text = "\n".join(map(line, rows))
-    display({"text/html": table(rows), "text/plain": text, MIME: keep}, raw=True)
+    shown = {"text/html": table(rows), "text/plain": "\n".join(map(line, rows))}
+    display(shown | {MIME: keep}, raw=True)
 
 
 def table(rows: list[dict]) -> str:

@@ -110,13 +110,11 @@ def _accuracies(results: dict) -> dict:
 
 def timeless(content: dict) -> dict:
     """What must be equal in two records of one run: arguments, results and weights, no times."""
-    timed = ("milliseconds", "time_shares")
-    results = {k: v for k, v in content["results"].items() if k not in timed}
-    if "history" in results:
-        rows = results["history"]
-        results["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+    timed, found = ("milliseconds", "time_shares", "history"), content["results"]
+    results = {k: v for k, v in found.items() if k not in timed}
+    rows = [{k: v for k, v in r.items() if k != "seconds"} for r in found.get("history", [])]
     kept = {k: content[k] for k in ("key", "arguments", "status", "weights")}
-    return kept | {"results": results}
+    return kept | {"results": results | {"history": rows}}
 
 
 def made_with(described: dict) -> dict:
@@ -127,6 +125,11 @@ def made_with(described: dict) -> dict:
     """
     found = described | {"processor": _processor(), "python": platform.python_version()}
     return found | {"versions": {name: importlib.metadata.version(name) for name in VERSIONS}}
+
+
+def place(made: dict) -> str:
+    """Where a run was made. Of two processors of one name, one may have bf16, one may not."""
+    return f"{made['processor' if made['device'] == 'cpu' else 'device']}, {made['precision']}"
 
 
 def peak_memory_mb() -> int:

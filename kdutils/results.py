@@ -75,9 +75,8 @@ def final(frame: pd.DataFrame, path: str = "test_accuracy", **chosen) -> Found:
     if not len(rows):
         return NOTHING
     if len(twice := rows.seed[rows.seed.duplicated()]):
-        raise ValueError(
-            f"seed {twice.iloc[0]} has several runs; name what sets them apart ({chosen})"
-        )
+        which = f"seed {twice.iloc[0]} has several runs"
+        raise ValueError(f"{which}; name what sets them apart ({chosen})")
     found = {row.seed: _at(row, path, frame) for _, row in rows.iterrows()}
     values = {seed: float(value) for seed, (value, _) in found.items()}
     return Found(pd.Series(values), {seed: [source] for seed, (_, source) in found.items()})

@@ -67,8 +67,19 @@ class Plan:
         return found
 
     def say(self, only="") -> None:
-        """What is to be trained and how long that will take, a line a kind, unless said before."""
+        """What is to be trained and how long that will take, a line a kind, unless said before.
+
+        Before all, where that is so, that no run so far was made on such a machine as this: a
+        claim that mixes them would compare machines.
+        """
+        from kdutils import train
+
         new = {name: how for name, how in self._left().items() if name not in self.announced}
+        here = records.place(records.made_with(train.device_description()))
+        places = {records.place(made) for of in self.past.values() for made in of}
+        if new and places and here not in places and not self.announced:
+            told = f"this is {here}, published runs are of {'; '.join(sorted(places))}"
+            print(f"{told}: other bits, another speed; keep a seed to one kind of machine")
         self.announced |= new.keys()
         kinds = Counter(new.values())
         for (kind, share), n in kinds.items():
@@ -126,9 +137,8 @@ class Plan:
 def past(study) -> dict[str, list[dict]]:
     """How runs of this study and scale were made, by kind: here, or if none was, elsewhere."""
     here, elsewhere = {}, {}
-    own = study.folder.glob("*/record.json")
     shared = study.published.glob("*.json") if study.published else []
-    for found, paths in ((here, own), (elsewhere, shared)):
+    for found, paths in ((here, study.folder.glob("*/record.json")), (elsewhere, shared)):
         for content in map(records.read, paths):
             if content and content["scale"] == study.scale:
                 found.setdefault(content["run"], []).append(content["made"])

@@ -253,6 +253,26 @@ def test_own_records_tell_more_than_published_ones(tiny):
     assert spread.past(runs.Study("tiny", scale="paper")) == {}
 
 
+def test_another_kind_of_machine_is_named_before_training(tiny, monkeypatch, capsys):
+    train({"seeds": [0]})
+    records.publish("tiny")
+    paths = [*(tiny / "records" / "tiny").glob("*.json")]
+    here = records.place(records.read(paths[0])["made"])
+    monkeypatch.setenv("KDUTILS_RUNS", str(tiny / "elsewhere"))
+    train({"seeds": [1]})
+    assert "this is" not in capsys.readouterr().out, "of this very machine"
+    monkeypatch.setenv("KDUTILS_RUNS", str(tiny / "still elsewhere"))
+    chip, precision = here.split(", ")
+    for path in paths:
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(precision, "64-true"), encoding="utf-8")
+    train({"seeds": [0]})
+    assert capsys.readouterr().out == "", "nothing to train"
+    train({"seeds": [2]})
+    said = f"this is {here}, published runs are of {chip}, 64-true: other bits, another speed; "
+    assert capsys.readouterr().out.startswith(said)
+
+
 def test_the_bar_shows_runs_and_the_time_left(tiny, capsys):
     train({"seeds": [0, 1, 2]})
     shown = capsys.readouterr().err
