@@ -55,7 +55,10 @@ class Claim:
 
 
 def registered(path: Path | None = None) -> dict[str, Claim]:
-    """The claims by id. Raises :class:`ClaimError` for a row that no verdict could follow from."""
+    """The claims by id, their words as the errata have them.
+
+    Raises :class:`ClaimError` for a row that no verdict could follow from.
+    """
     found: dict[str, Claim] = {}
     with open(path or REGISTER, encoding="utf-8", errors="replace", newline="") as file:
         for row in csv.DictReader(file):
@@ -66,6 +69,11 @@ def registered(path: Path | None = None) -> dict[str, Claim]:
                 found[name] = _claim(row)
             except ValueError as error:
                 raise ClaimError(f"claim {name or 'in claims.csv'}: {error}.") from None
+    # Words put right after the runs: rows stay as registered, and no verdict reads these fields.
+    with open(PROJECT / "data" / "errata.csv", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["id"] in found:
+                found[row["id"]].texts[row["field"]] = row["now"]
     return found
 
 

@@ -76,8 +76,9 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
             ax.axhspan(y - 0.5, y + 0.5, color="0.96", zorder=0)
         text = f"{row['id']}  {row['statement']}"
         size = 9 if len(text) < 105 else 8  # two lines at most
-        said = claims.said_with_interval(row) + f" [{row['part']}]" * bool(row["part"])
         ax.text(-reach, y - 0.45, fill(text, 57 * 9 // size), size=size, va="top", linespacing=1.1)
+        said = claims.said_with_interval(row) + f", n = {row['found']}" * bool(row["verdict"])
+        said += f" [{row['part']}]" * bool(row["part"])
         ax.text(-reach, y + 0.36, said, size=9 if len(said) < 40 else 8, va="center", color="0.35")
         word = row["verdict"] or "no verdict"
         ax.text(reach, y + 0.36, word, size=9, ha="right", va="center", weight="bold")

@@ -395,7 +395,7 @@ class VID(torch.nn.Module):
         ½ Σ (t − μ(s))² · σ² + ½ log σ²,
 
     with one σ² a link. There the variance **multiplies**: the loss falls without bound as σ² → 0,
-    so the link switches itself off. It is no bound on any information.
+    so the link weakens while it trains. It is no bound on any information.
 
     ``vid(student_taps, teacher_taps)`` is the sum of λ_ij · loss_ij over teacher layers i and
     student layers j. A link whose λ is 0 has no regressor and costs nothing.

@@ -84,9 +84,8 @@ def provenance(study: Study):
     register = records.register(study.name)
     before = sum(one.get("register") == register for one in made)
     since = "; what changed since the others: `git log -p data/claims.csv`" * (before < len(made))
-    text = "{0}, torch {versions[torch]}, {precision}, threads {threads}"
-    chips = [one["processor" if one["device"] == "cpu" else "device"] for one in made]
-    where = Counter(text.format(chip, **one) for chip, one in zip(chips, made, strict=True))
+    text = "{0}, torch {versions[torch]}, threads {threads}"
+    where = Counter(text.format(records.place(one), **one) for one in made)
     commits = Counter(one["commit"][:12] for one in made)
     failed = sum(record.content["status"] == "failed" for record in study.records)
     what = f"{len(made)}{f' ({failed} diverged)' * (failed > 0)}"
@@ -120,15 +119,11 @@ def caveats(rows: list[dict]) -> str:
     scale_of = {row["study"]: row["scale"] for row in rows if row["verdict"]}
     numbers = {name: path.stem.partition("-")[0] for name, path in notebooks.studies().items()}
     where = {"paper": "at the paper's scale", "laptop": "on smaller stand-ins", None: "not yet"}
-    scales = []
-    for scale, text in where.items():
-        named = sorted(
-            numbers.get(study, study) + f" ({done[study]} of {n} claims)" * (0 < done[study] < n)
-            for study, n in of.items()
-            if scale_of.get(study) == scale
-        )
-        scales += [f"{text}: study {', '.join(named)}"] * bool(named)
+    scales = {text: [] for text in where.values()}
+    for study, n in of.items():
+        part = f" ({done[study]} of {n} claims)" * (0 < done[study] < n)
+        scales[where[scale_of.get(study)]].append(numbers.get(study, study) + part)
+    said = "; ".join(f"{text}: study {', '.join(named)}" for text, named in scales.items() if named)
     held = [r["holm"] for r in rows if (r["verdict"] or "").startswith(verdicts.REPLICATED)]
-    tested = [holm for holm in held if holm is not None]
-    what = f"{sum(tested)} of the {len(tested)} replicated with a p-value"
-    return f"Judged {'; '.join(scales)}. {what} survive a correction for many claims."
+    what = f"{held.count(True)} of the {len(held) - held.count(None)} replicated with a p-value"
+    return f"Judged {said}. {what} survive a correction for many claims."

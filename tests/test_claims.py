@@ -657,6 +657,22 @@ def test_the_check_agrees_on_the_published_claims(tmp_path):
     assert run.stdout.split("\n")[:-1] == ([checked(row) for row in rows] or [""])
 
 
+def test_errata_put_words_right_and_nothing_that_is_judged():
+    with open(records.PROJECT / "data" / "errata.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open(claims.REGISTER, encoding="utf-8", newline="") as file:
+        register = {row["id"]: row for row in csv.DictReader(file)}
+    assert rows
+    assert len({(row["id"], row["field"]) for row in rows}) == len(rows)
+    known = claims.registered()
+    for row in rows:
+        assert row["field"] in ("source", "statement", "paper_value")
+        assert row["why"]
+        assert (
+            register[row["id"]][row["field"]] != row["now"] == known[row["id"]].texts[row["field"]]
+        )
+
+
 def test_claims_as_json_have_all_that_a_verdict_is_made_of():
     command = [sys.executable, "-m", "kdutils", "claims", "--json"]
     run = subprocess.run(

@@ -1,9 +1,11 @@
 """The plots of verdicts: everything is drawn, nothing sticks out."""
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 
 from kdutils import figures, verdicts
+from kdutils.results import Found
 
 
 def row(name, word, **more):
@@ -42,10 +44,44 @@ def test_forest_says_every_word_and_number_within_its_frame():
     ax.figure.canvas.draw()
     shown = texts(ax)
     assert {*verdicts.WORDS, "no verdict", "1 of 3 seeds"} <= set(shown)
-    assert shown.count("+1.0 points (0.0 to 2.0)") == 5
+    assert shown.count("+1.0 points (0.0 to 2.0), n = 3") == 5
     right = ax.figure.bbox.x1
     assert all(text.get_window_extent().x1 <= right for text in ax.texts)
     assert max(text.count("\n") for text in shown) == 1, "two lines at most"
+
+
+def test_paired_draws_each_seed_the_mean_and_its_interval():
+    ax = figures.paired(
+        {
+            "a": Found(pd.Series({0: 0.01, 1: 0.03, 2: 0.02}), {}),
+            "b": Found(pd.Series({4: -0.01}), {}),
+        }
+    )
+    dots, span, middle, alone = [line.get_xdata() for line in ax.lines][:4]
+    assert list(dots) == pytest.approx([1, 3, 2])
+    found = verdicts.interval([1, 3, 2])
+    assert list(span) == pytest.approx([found.low, found.high])
+    assert list(middle) == pytest.approx([2])
+    assert list(alone) == pytest.approx([-1])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b"]
+    assert ax.get_xlabel() == "difference (points)"
+
+
+def test_lines_draw_every_seed_and_means_their_interval():
+    seeds = [1.0, 2.0, 4.0]
+    frame = pd.DataFrame(
+        [(e, s, v + e, "x") for e in (1, 2) for s, v in enumerate(seeds)],
+        columns=["e", "seed", "y", "of"],
+    )
+    drawn = [list(line.get_ydata()) for line in figures.lines(frame, "e", "y", hue="of").lines]
+    mean = sum(seeds) / 3
+    assert [[v + 1, v + 2] for v in seeds] == drawn[:3]
+    assert drawn[3] == pytest.approx([mean + 1, mean + 2])
+    plt.close("all")
+    ax, found = figures.means(frame, "e", "y", hue="of"), verdicts.interval([v + 1 for v in seeds])
+    ends = [x for line in ax.lines for x in line.get_ydata()]
+    for end in (found.mean, found.low, found.high):
+        assert min(abs(x - end) for x in ends) < 1e-9
 
 
 def test_forest_draws_what_lies_beyond_its_reach_as_arrows():

@@ -118,7 +118,7 @@ def test_what_a_killed_ones_kernel_wrote_after_the_sweep_is_swept_at_the_end(mon
 
 def test_stopped_and_killed_it_leaves_nothing_behind_and_goes_on(folder):
     partials = set()
-    for signum in (signal.SIGINT, signal.SIGKILL):  # SIGTERM as `train`, in test_spread.py
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         process = start(folder, TINY_WRITES="600")
         wait_until(lambda old=partials: len(set(leftovers("*.partial")) - old) == 2)
         partials = set(leftovers("*.partial"))

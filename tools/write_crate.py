@@ -221,6 +221,7 @@ def describe(root: Path, records: list[dict], rows: list[dict], citation: dict) 
 FILES = {
     "CITATION.cff": ("How to cite the project, and the papers it reruns", "application/yaml"),
     "data/claims.csv": ("The register of claims, committed before their runs", "text/csv"),
+    "data/errata.csv": ("Words of claims that were put right after the runs", "text/csv"),
     "data/sources.toml": ("Where data come from, and their fingerprints", "application/toml"),
     "tools/check_claims.py": ("Makes every verdict again from the records", "text/x-python"),
     "tools/read_crate.py": ("Says which runs made a claim", "text/x-python"),
@@ -369,7 +370,7 @@ def _claim(graph: Graph, row: dict, actions: list[dict], papers: dict[str, dict]
         name=row["id"],
         text=row["statement"],
         description=f"{row['quantity']} ({row['source']})",
-        appearance=papers.get(row["study"]),
+        appearance=None if row["source"].startswith("ours") else papers.get(row["study"]),
         isPartOf={"@id": "data/claims.csv"},
         additionalProperty=facts,
         mentions=actions,

@@ -56,7 +56,7 @@ what is shown as one script each, so that the page works from a folder too. */
     const judged = make("p", {}, make("span", { class: `verdict ${sign}` }, word), ` ${one.said}`,
       one.part ? ` (decided by ${one.part})` : "");
     const about = [
-      one.source === "ours" ? ["we ask", one.statement]
+      one.source.startsWith("ours") ? ["we ask", one.statement]
         : ["the paper says", `${one.statement} (${one.source})`],
       ["its number", one.effect ? `${one.paper_value}; effect ${one.effect}` : one.paper_value],
       ["quantity", one.quantity],
