@@ -207,6 +207,8 @@ def cifar_resnet(
     ``width``, 2 · ``width`` and 4 · ``width`` channels wide; every stage after the first halves the
     map. With ``width`` 16 and ``stride`` 1 it is the paper's, but that shortcuts which change shape
     are 1 × 1 convolutions. The last layer is ``fc``. Weights are drawn from ``seed``.
+    Not narrower than 16 to be trained: without bf16 arithmetic, oneDNN 3.12 writes past its memory
+    for such shortcuts of fewer than a block of channels (uxlfoundation/oneDNN, issue 6035).
     Raises ValueError when ``depth`` is not 8, 14, 20, ...
     """
     if depth < 8 or depth % 6 != 2:

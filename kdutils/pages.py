@@ -123,7 +123,7 @@ def caveats(rows: list[dict]) -> str:
     for study, n in of.items():
         part = f" ({done[study]} of {n} claims)" * (0 < done[study] < n)
         scales[where[scale_of.get(study)]].append(numbers.get(study, study) + part)
-    said = "; ".join(f"{text}: study {', '.join(named)}" for text, named in scales.items() if named)
+    said = "; ".join(f"{k}: study {', '.join(sorted(of))}" for k, of in scales.items() if of)
     held = [r["holm"] for r in rows if (r["verdict"] or "").startswith(verdicts.REPLICATED)]
     what = f"{held.count(True)} of the {len(held) - held.count(None)} replicated with a p-value"
     return f"Judged {said}. {what} survive a correction for many claims."

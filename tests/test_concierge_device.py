@@ -181,7 +181,7 @@ def test_the_studys_files_find_and_refuse_people_that_training_never_saw_as_it_s
     setting = SETTING | larger | {"size": 32, "embedding": 16, "epochs": 8, "lr": 0.01}
     setting |= {"drift": 0.0, "covered": 0.0, "false_accepts": 0.3}
     asked = {"runtimes": ["torch", "onnxruntime", "openvino-int8"], "enrolled": [1, 4]}
-    asked |= {"repeats": 1, "seed": 0, "master": LARGE, "how": HOW, "shape": [8, 1]}
+    asked |= {"repeats": 1, "seed": 0, "master": LARGE, "how": HOW, "shape": [16, 1]}
     run = study["edge"](**asked, **setting)
     told = run.results["engines"]
     assert told["onnxruntime"]["emotion"] == pytest.approx(told["torch"]["emotion"], abs=0.02)

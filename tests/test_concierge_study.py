@@ -33,7 +33,7 @@ SETTING = {
     "box_weight": 10.0,
     "false_accepts": 0.1,
 }
-LARGE, SMALL = [4, 1], [2, 1]
+LARGE, SMALL = [24, 1], [16, 1]  # narrower ones meet oneDNN's issue 6035
 
 
 @pytest.fixture(scope="module")

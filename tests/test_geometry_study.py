@@ -49,8 +49,8 @@ def setting(**changed):
         "stride": 2,
         "batch_size": 200,
         "learning_rate": 0.05,
-        "teacher_network": "resnet8-4",
-        "student_network": "resnet8-2",
+        "teacher_network": "resnet8-24",
+        "student_network": "resnet8-16",
         "epochs": 1,
         "temperature": 4.0,
         "stored": True,
@@ -116,7 +116,7 @@ def test_featured_gives_what_the_last_layer_reads_and_the_networks_own_logits(ki
 @pytest.mark.parametrize("kind", ["cifar", "torchvision"])
 def test_featured_maps_are_what_attention_transfer_reads_of_what_is_pooled(kind):
     if kind == "cifar":
-        network = models.cifar_resnet(8, width=4, classes=5, seed=3)
+        network = models.cifar_resnet(8, width=16, classes=5, seed=3)
     else:
         network = models.build("resnet10", classes=5, seed=3, size=16, stem="small")
     featured = models.Featured(network, maps=True).eval()
@@ -400,7 +400,7 @@ def test_training_pictures_are_the_first_of_every_class(procedure):
 
 def test_a_step_and_all_terms_are_timed(procedure):
     needed = {k: v for k, v in setting(batch_size=16).items() if k in procedure["NEEDED"]}
-    timed = {"teacher_network": "resnet8-4", "student_network": "resnet8-2"}
+    timed = {"teacher_network": "resnet8-24", "student_network": "resnet8-16"}
     seconds = procedure["cost"](**timed, **needed).results
     assert seconds.keys() == {"step", *TERMS}
     assert min(seconds.values()) > 0
