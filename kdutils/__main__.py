@@ -178,7 +178,7 @@ def main():
         app()
     except BaseException as error:
         if received and getattr(error, "code", True):  # whatever came of it on the way here
-            what_now = "what is finished is kept, and the same command goes on"
+            what_now = "what is finished is kept (not at smoke), and the same command goes on"
             typer.echo(f"kdutils: stopped; {what_now}", err=True)
             raise SystemExit(128 + received[0]) from None
         hint = '; training needs pip install -e ".[train]"' * bool(re.search(ABSENT, str(error)))

@@ -77,8 +77,8 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
         text = f"{row['id']}  {row['statement']}"
         size = 9 if len(text) < 105 else 8  # two lines at most
         ax.text(-reach, y - 0.45, fill(text, 57 * 9 // size), size=size, va="top", linespacing=1.1)
-        said = claims.said_with_interval(row) + f", n = {row['found']}" * bool(row["verdict"])
-        said += f" [{row['part']}]" * bool(row["part"])
+        part = f" [{row['part']}]" * bool(row["part"])
+        said = claims.said_with_interval(row) + f", n = {row['found']}{part}" * bool(row["verdict"])
         ax.text(-reach, y + 0.36, said, size=9 if len(said) < 40 else 8, va="center", color="0.35")
         word = row["verdict"] or "no verdict"
         ax.text(reach, y + 0.36, word, size=9, ha="right", va="center", weight="bold")

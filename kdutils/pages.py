@@ -83,7 +83,7 @@ def provenance(study: Study):
     )
     register = records.register(study.name)
     before = sum(one.get("register") == register for one in made)
-    since = "; what changed since the others: `git log -p data/claims.csv`" * (before < len(made))
+    since = "; an older run's: `git show COMMIT:data/claims.csv`" * (before < len(made))
     text = "{0}, torch {versions[torch]}, threads {threads}"
     where = Counter(text.format(records.place(one), **one) for one in made)
     commits = Counter(one["commit"][:12] for one in made)

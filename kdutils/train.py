@@ -74,7 +74,9 @@ def fit(
     every epoch, and a call that finds it goes on from there to the same bits; the weights after
     each epoch k in ``snapshots`` are kept as ``e<k>.safetensors``. ``progress`` wraps the epochs.
     All that the optimizer trains has to be a part of ``network``, or it begins anew on resuming.
-    torch's global seed is set at every epoch, and all of ``network`` is in train mode.
+    torch's global seed is set at every epoch, and all of ``network`` is in train mode. A folder (a
+    Path) is one training's: another network or loss in it would get the first one's history.
+    Without one no snapshot is kept.
     Raises :class:`Diverged` after the first epoch with a loss or a measured number that is not
     finite.
     """

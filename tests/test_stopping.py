@@ -132,7 +132,8 @@ def test_stopped_and_killed_it_leaves_nothing_behind_and_goes_on(folder):
         else:
             assert process.returncode == 128 + signum
             assert said.strip().splitlines()[-1] == (
-                "kdutils: stopped; what is finished is kept, and the same command goes on"
+                "kdutils: stopped; what is finished is kept (not at smoke), "
+                "and the same command goes on"
             )
             assert "Traceback" not in said
             assert not any(map(alive, below))

@@ -1,6 +1,9 @@
 """Variational information distillation against references that share no code with it."""
 
+import ast
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,6 +143,15 @@ def test_as_coded_links_switch_themselves_off_and_as_written_they_do_not(coded):
         optimizer.step()
     found = number(vid.variance(0, 0))
     assert found < 1e-3 if coded else found == pytest.approx(2, rel=0.02)
+
+
+def test_what_design_md_shows_for_a_project_of_ones_own_trains(capsys):
+    text = (Path(__file__).parent.parent / "book" / "design.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import numpy.*?)```", text, re.DOTALL)
+    names = {}
+    exec(code, names)
+    assert math.isfinite(ast.literal_eval(capsys.readouterr().out)[0]["loss"])
+    assert any(name.startswith("vid.regressors") for name, _ in names["student"].named_parameters())
 
 
 def test_a_variance_starts_at_log_2():
