@@ -218,8 +218,8 @@ class Batches:
     student's crops, an interrupted run continues bit for bit, and a teacher's outputs can be
     stored. Crops are taken from the image padded by ``pad`` black pixels; flips are left to right.
 
-    Parameters: NumPy's ``images``, uint8 (N, H, H, 3), square (another shape or order is scrambled),
-    and ``labels`` (N,); ``statistics`` the mean and the standard deviation of each channel in units
+    Parameters: NumPy's ``images``, uint8 (N, H, H, 3) and square (what is not is scrambled), and
+    ``labels`` (N,); ``statistics`` the mean and the standard deviation of each channel in units
     of 1/255 (:attr:`Dataset.statistics`).
 
     ``for batch in batches(epoch)`` yields :class:`Batch`; epochs count from 1.
