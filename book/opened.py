@@ -4,6 +4,7 @@ A local extension of Sphinx, see ``_config.yml``. It writes one small script a c
 ``_static/records``, since a page that lies in a folder may load scripts and nothing else.
 """
 
+import csv
 import functools
 import json
 import math
@@ -64,6 +65,16 @@ def of_run(content: dict, judged: list[str], made: dict[str, str]) -> dict:
     return kept | said | {"claims": judged, "taught": taught}
 
 
+@functools.cache
+def errata() -> dict[str, list[str]]:
+    """Why words of a claim are not those that were registered, by claim."""
+    found = defaultdict(list)
+    with open(records.PROJECT / "data" / "errata.csv", encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            found[row["id"]].append(f"{row['field'].replace('_', ' ')}: {row['why']}")
+    return found
+
+
 def of_claim(row: dict, names: dict[str, str]) -> dict:
     """What the page shows of a judged claim: each seed's value, and the runs it was taken from."""
     values = []
@@ -74,6 +85,7 @@ def of_claim(row: dict, names: dict[str, str]) -> dict:
     effect = None if row["paper"] is None else claims.said(row["paper"], row["unit"])
     rule = {k: claims.said(row[k], row["unit"]) for k in RULE if row[k] is not None}
     told = {"said": claims.said_with_interval(row), "effect": effect, "rule": rule}
+    told |= {"errata": errata().get(row["id"], [])}
     return {name: row[name] for name in TOLD} | told | {"values": values}
 
 

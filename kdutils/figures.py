@@ -40,7 +40,7 @@ def means(frame: pd.DataFrame, x: str, y: str, hue: str, ax: plt.Axes | None = N
     side = {"dodge": 0.8 * (1 - 1 / hues) if hues > 1 else False, "linestyle": "none"}
     side["errorbar"] = lambda values: (interval(values).low, interval(values).high)
     sns.pointplot(**common, **side, capsize=0.08, markersize=7)
-    above = {"ncols": 2, "loc": "lower center", "bbox_to_anchor": (0.5, 1)} if hues > 3 else {}
+    above = {"ncols": 2, "loc": "lower center", "bbox_to_anchor": (0.5, 1)} if hues > 1 else {}
     ax.legend(title=None, frameon=False, **above)
     return ax
 

@@ -52,12 +52,14 @@ def test_a_claim_shows_each_value_and_the_runs_that_it_was_taken_from(opened, ro
     names = {}
     for study in notebooks.studies():
         names |= {c["key"]: f"{study}/{c['run']}-{c['key']}" for c in records.published(study)}
-    seen = 0
+    seen, register = 0, (PROJECT / "data" / "errata.csv").read_text(encoding="utf-8")
+    put_right = {line.partition(",")[0] for line in register.splitlines()[1:]}
     for row in rows.values():
         shown = opened.of_claim(row, names)
         per_part = len(shown["values"]) / max(1, len(row["parts"]))
         assert shown["verdict"] is None or per_part == row["seeds"]
         assert {s for s in shown["rule"]} >= {"bound", "margin"}
+        assert bool(shown["errata"]) == (row["id"] in put_right)
         for _, _, _, sources in shown["values"]:
             for run, _path, _value in sources:
                 assert (PROJECT / "data" / "records" / f"{run}.json").exists()

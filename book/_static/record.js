@@ -61,6 +61,7 @@ what is shown as one script each, so that the page works from a folder too. */
       ["its number", one.effect ? `${one.paper_value}; effect ${one.effect}` : one.paper_value],
       ["quantity", one.quantity],
       ["registered", `${one.kind}; ${rule}; ${one.seeds} seeds`],
+      ...(one.errata.length ? [["words put right", one.errata.join(" ")]] : []),
       ["Holm", one.verdict === null ? "not judged yet"
         : { true: "survives", false: "does not survive", null: "does not apply" }[one.holm]],
     ];
