@@ -50,8 +50,10 @@ def say_where(app, config):
     name = repository(Path(app.confdir))
     if name:
         server = os.environ.get("GITHUB_SERVER_URL", "https://github.com")
-        written = config.html_theme_options["repository_url"]
-        config.html_theme_options["repository_url"] = f"{server}/{name}"
+        options = config.html_theme_options
+        written = options["repository_url"]
+        options["repository_url"] = f"{server}/{name}"
+        options["extra_footer"] = options["extra_footer"].replace(written, f"{server}/{name}")
         config.html_baseurl = config.ogp_site_url = address(name)
         config.ogp_site_name = config.html_title
         for key, value in WITH_ADDRESS.items():
