@@ -358,7 +358,11 @@ def test_the_check_names_a_register_without_one_of_its_columns(project):
     command = [sys.executable, CHECK, project]
     done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1
-    assert f"{table} is damaged: KeyError('bound')" in done.stdout + done.stderr
+    assert f"{table} is damaged or not there: KeyError('bound')" in done.stdout + done.stderr
+    table.unlink()
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 1
+    assert f"{table} is damaged or not there: FileNotFoundError" in done.stdout + done.stderr
 
 
 def test_three_accuracies_are_means_over_runs_that_did_not_diverge():

@@ -118,5 +118,5 @@ def main(root):
 
 
 if __name__ == "__main__":
-    sys.excepthook = lambda _, error, at: print(f"{read.last} is damaged: {error!r}.")
+    sys.excepthook = lambda _, error, at: print(f"{read.last} is damaged or not there: {error!r}.")
     sys.exit(main(Path([*sys.argv, Path(__file__).parent.parent][1])))
