@@ -222,9 +222,8 @@ def _margins(rule: Rule, found: verdicts.Verdict) -> dict | None:
     if found.mean is None:
         return None
     unit = abs(rule.beyond(rule.reach(rule.margin)))
-    drawn = {k: rule.beyond(getattr(found, k)) / unit for k in SPAN}
     effect = None if rule.effect is None else rule.beyond(rule.reach(rule.effect)) / unit
-    return drawn | {"effect": effect}
+    return {k: rule.beyond(getattr(found, k)) / unit for k in SPAN} | {"effect": effect}
 
 
 def said(value: float, unit: str) -> str:
@@ -252,8 +251,8 @@ def show(rows: list[dict], keep: list[dict]) -> None:
     """Show judged rows as a table whose output carries ``keep``, the stored rows, as data."""
     from IPython.display import display
 
-    shown = {"text/html": table(rows), "text/plain": "\n".join(map(line, rows))}
-    display(shown | {MIME: keep}, raw=True)
+    text = {"text/plain": "\n".join(map(line, rows))}
+    display(text | {"text/html": table(rows), MIME: keep}, raw=True)
 
 
 def table(rows: list[dict]) -> str:
@@ -264,14 +263,13 @@ def table(rows: list[dict]) -> str:
         (factor, _, unit), word = UNITS[row["unit"]], row["verdict"] or "no verdict"
         bounds = [f"{factor * row[k]:g}" for k in ("bound", "upper") if row[k] is not None]
         rule = f"<br>({row['kind']} {' to '.join(bounds)}, margin {factor * row['margin']:g}{unit})"
-        whose = "ours: " * row["source"].startswith("ours")  # the paper does not say it
         badge = f'<span class="verdict {word.split(",")[0].replace(" ", "-")}">{word}</span>'
         part = f"<br>({escape(row['part'])})" * bool(row["part"])
         effect = "–" if row["paper"] is None else said(row["paper"], row["unit"])
         effect += "<br>(excluded)" * bool(row["effect_excluded"])
         needed = f"<br>({row['needed']:,} would decide)" if row["needed"] else ""
         ours = said_with_interval(row) if row["mean"] is not None else "–"
-        says = whose + escape(row["statement"]) + rule
+        says = "ours: " * row["source"].startswith("ours") + escape(row["statement"]) + rule
         of = {"claim": f"{row['id']}<br>{badge}", "what it says": says, "the paper's": effect}
         of |= {"ours (95 %)": ours + part, "seeds": f"{row['found']} of {row['seeds']}{needed}"}
         return of | {"Holm": {True: "yes", False: "no", None: "–"}[row["holm"]]}

@@ -61,30 +61,36 @@ SIGNS = {  # a verdict's colour and marker
 
 
 def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
-    """One line a judged claim (:func:`claims.judged`): ours with its interval, the paper's effect.
+    """One line a claim (:func:`claims.judged`): ours with its interval, the paper's effect.
 
-    Every claim is drawn in its own margins, the smallest effect that would matter, counted from the
-    bound towards the claimed side: 0 is the bound, 1 the margin. What lies beyond ``reach`` is an
-    arrow at the edge.
+    Every judged claim is drawn in its own margins, the smallest effect that would matter, counted
+    from the bound towards the claimed side: 0 is the bound, 1 the margin. What lies beyond
+    ``reach`` is an arrow at the edge. A claim without a verdict is named in grey.
     """
     from kdutils import claims
 
-    ax = plt.subplots(figsize=(4.8, 0.94 * len(rows) + 0.6))[1]
-    for y, row in enumerate(rows):
-        colour, marker = SIGNS[row["verdict"]]
-        if y % 2:
-            ax.axhspan(y - 0.5, y + 0.5, color="0.96", zorder=0)
-        text = f"{row['id']}  {row['statement']}"
+    told, tops = [], [0.0]
+    for row in rows:
+        waits = row["margins"] is None
+        text = f"{row['id']}  {row['statement']}" + f" ({claims.said_with_interval(row)})" * waits
         size = 9 if len(text) < 105 else 8  # two lines at most
-        ax.text(-reach, y - 0.45, fill(text, 57 * 9 // size), size=size, va="top", linespacing=1.1)
-        part = f" [{row['part']}]" * bool(row["part"])
-        said = claims.said_with_interval(row) + f", n = {row['found']}{part}" * bool(row["verdict"])
-        ax.text(-reach, y + 0.36, said, size=9 if len(said) < 40 else 8, va="center", color="0.35")
-        word = row["verdict"] or "no verdict"
-        ax.text(reach, y + 0.36, word, size=9, ha="right", va="center", weight="bold")
-        ax.vlines([0, 1], y - 0.05, y + 0.22, ["black", "grey"], ["-", "--"], linewidth=0.9)
-        if row["margins"] is None:
+        told.append((fill(text, 57 * 9 // size), size))
+        # What has no verdict is named in grey and no more: an empty row would be scrolled past.
+        tops.append(tops[-1] + (0.25 + 0.17 * told[-1][0].count("\n") if waits else 1))
+    ax = plt.subplots(figsize=(4.8, 0.94 * tops[-1] + 0.6))[1]
+    for k, (row, (text, size)) in enumerate(zip(rows, told, strict=True)):
+        y, tint = tops[k] + 0.5, "black" if row["margins"] else "0.35"
+        if k % 2:
+            ax.axhspan(*tops[k : k + 2], color="0.96", zorder=0)
+        ax.text(-reach, tops[k] + 0.05, text, color=tint, size=size, va="top", linespacing=1.1)
+        if not row["margins"]:
             continue
+        colour, marker = SIGNS[row["verdict"]]
+        said = f"{claims.said_with_interval(row)}, n = {row['found']}"
+        said += f" [{row['part']}]" * bool(row["part"])
+        ax.text(-reach, y + 0.36, said, size=9 if len(said) < 40 else 8, va="center", color="0.35")
+        ax.text(reach, y + 0.36, row["verdict"], size=9, ha="right", va="center", weight="bold")
+        ax.vlines([0, 1], y - 0.05, y + 0.22, ["black", "grey"], ["-", "--"], linewidth=0.9)
         drawn = {k: max(-reach, min(reach, v)) for k, v in row["margins"].items() if v is not None}
         span, arrows = [drawn["low"], drawn["high"]], {-reach: "<", reach: ">"}
         ax.plot(span, [y + 0.08] * 2, color=colour, linewidth=2.6, solid_capstyle="butt")
@@ -94,11 +100,12 @@ def forest(rows: list[dict], reach: float = 4.5) -> plt.Axes:
         if "effect" in drawn:
             at, edge = (drawn["effect"], y + 0.08), arrows.get(drawn["effect"], "D")
             ax.plot(*at, edge, markerfacecolor="none", color="black", markersize=7)
-    ax.set(ylim=(len(rows) - 0.45, -0.55), xlim=(-reach - 0.1, reach + 0.1), yticks=[])
+    ax.set(ylim=(tops[-1] + 0.05, -0.05), xlim=(-reach - 0.1, reach + 0.1), yticks=[])
     ax.set_xlabel("beyond the bound, in margins  (◇ the paper's effect)", size=9)
     ax.tick_params(labelsize=9)
     ax.grid(False)
     sns.despine(ax=ax, left=True)
+    ax.axis("on" if any(row["margins"] for row in rows) else "off")
     return ax
 
 
@@ -137,7 +144,6 @@ def paired(found: dict, ax: plt.Axes | None = None, unit: str = "points") -> plt
         ax.plot([span.low, span.high], [y - 0.08] * 2, color="#0173b2", linewidth=2.4)
         ax.plot(span.mean, y - 0.08, "o", color="#0173b2", markersize=7)
     ax.axvline(0, color="black", linewidth=0.8)
-    names = [fill(name, 24) for name in found]  # narrow, for phones
-    ax.set(yticks=range(len(found)), yticklabels=names, ylim=(len(found) - 0.5, -0.5))
-    ax.set_xlabel(f"difference{f' ({behind.strip()})' if behind else ''}")
+    ax.set_yticks(range(len(found)), [fill(name, 24) for name in found])  # narrow, for phones
+    ax.set(ylim=(len(found) - 0.5, -0.5), xlabel=f"difference{behind and f' ({behind.strip()})'}")
     return ax

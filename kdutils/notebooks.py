@@ -230,8 +230,7 @@ def procedure(study: str, given: dict, also: tuple = (), begin: Callable | None 
             if begin and tags & set(also):
                 begin = begin(names)
             source = f"{path}#{number}"
-            lines = cell.source.splitlines(keepends=True)
-            linecache.cache[source] = (len(cell.source), None, lines, source)
+            linecache.cache[source] = len(cell.source), None, cell.source.splitlines(True), source
             exec(compile(cell.source, source, "exec"), names)
             if "parameters" in tags:
                 names.update(given)

@@ -17,8 +17,7 @@ def answer(lead: str, *points: str):
     """
     from IPython.display import Markdown
 
-    listed = [f"- {point}" for point in points if point]
-    return Markdown("\n".join([lead, "", *listed]).strip())
+    return Markdown("\n".join([lead, "", *(f"- {point}" for point in points if point)]).strip())
 
 
 def tally(rows: list[dict], what: str = "claims") -> str:
@@ -27,8 +26,7 @@ def tally(rows: list[dict], what: str = "claims") -> str:
     order = [*reversed(verdicts.WORDS), "not judged yet"]
     names = {verdicts.NO_EFFECT: "with no effect", verdicts.SMALLER: "replicated (smaller)"}
     said = [f"{counts[word]} {names.get(word, word)}" for word in order if counts[word]]
-    listed = ", ".join(said[:-1]) + (" and " if len(said) > 1 else "") + said[-1]
-    return f"Of {len(rows)} {what}: {listed}."
+    return f"Of {len(rows)} {what}: {', '.join(said[:-1])}{' and ' * (len(said) > 1)}{said[-1]}."
 
 
 def holds(row: dict) -> str:

@@ -1,5 +1,7 @@
 """The plots of verdicts: everything is drawn, nothing sticks out."""
 
+import itertools
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -43,11 +45,22 @@ def test_forest_says_every_word_and_number_within_its_frame():
     ax = figures.forest(rows)
     ax.figure.canvas.draw()
     shown = texts(ax)
-    assert {*verdicts.WORDS, "no verdict", "1 of 3 seeds"} <= set(shown)
+    assert {*verdicts.WORDS, "a-1  short (1 of 3 seeds)"} <= set(shown)
     assert shown.count("+1.0 points (0.0 to 2.0), n = 3") == 5
     right = ax.figure.bbox.x1
     assert all(text.get_window_extent().x1 <= right for text in ax.texts)
     assert max(text.count("\n") for text in shown) == 1, "two lines at most"
+
+
+def test_forest_says_what_waits_in_little_room():
+    waiting = row("a", None, mean=None, margins=None, found=1)
+    alone, judged = figures.forest([waiting] * 3), figures.forest([row("a", "reversed")])
+    assert not alone.axison, "nothing can be read off"
+    assert judged.axison
+    assert alone.figure.get_figheight() < judged.figure.get_figheight()
+    alone.figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in alone.texts]
+    assert all(above.y0 >= below.y1 for above, below in itertools.pairwise(boxes))
 
 
 def test_paired_draws_each_seed_the_mean_and_its_interval():
